@@ -1,0 +1,47 @@
+"""How modules declare their parameters: shape, logical dimensions and initial value in one line each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from interns1pro_jax import sharding
+
+Initializer = Callable[[jax.Array, Sequence[int], jnp.dtype], jax.Array]
+
+
+class Buffer(nnx.Variable):
+    """An array that belongs to the checkpoint but is never trained (the Fourier coefficients)."""
+
+
+def normal(stddev: float) -> Initializer:
+    return jax.nn.initializers.normal(stddev)
+
+
+zeros = jax.nn.initializers.zeros
+ones = jax.nn.initializers.ones
+
+
+def parameter(
+    rngs: nnx.Rngs,
+    initializer: Initializer,
+    shape: Sequence[int],
+    dims: Sequence[str | None],
+    dtype: str | jnp.dtype,
+    kind: type[nnx.Variable] = nnx.Param,
+) -> nnx.Variable:
+    """A parameter of this shape, split over the mesh in force by its logical dimensions.
+
+    Args:
+      dims: one logical dimension (see `sharding.RULES`) or None for each axis of `shape`.
+      kind: `nnx.Param` (trained) or `Buffer` (not).
+
+    Raises:
+      ConfigError: a dimension does not divide over the mesh in force.
+    """
+    sharding.check_divisible("parameter", shape, dims)
+    spec = sharding.spec(*dims)
+    return kind(initializer(rngs.params(), tuple(shape), jnp.dtype(dtype)), out_sharding=spec)

@@ -1,0 +1,115 @@
+"""Mesh axes and the one table that maps logical dimensions to them.
+
+    data     replicas across slices; parameters are copied, batches are split
+    fsdp     batches and parameters are split; weights are gathered where they are used
+    context  the sequence is split
+    expert   expert groups are split, one group (or a whole number of groups) per device; for everything else it acts as fsdp
+
+All axes are explicit (`AxisType.Explicit`): a sharding is part of an array's type, so that a wrong one is an error while
+tracing. The same code runs on one device (all axes of size 1) and on a pod; there is always a mesh:
+
+    with jax.set_mesh(make_mesh(fsdp=2, expert=4)):
+        ...
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, PartitionSpec
+
+from interns1pro_jax.config import ConfigError, ModelConfig
+
+AXES = ("data", "fsdp", "context", "expert")
+
+# Logical dimension -> mesh axes. Dimensions not listed are never split.
+RULES: dict[str, tuple[str, ...]] = {
+    # activations
+    "batch": ("data", "fsdp", "expert"),
+    "sequence": ("context",),
+    # parameters: every matrix outside the experts is split along the model width, vectors are copied
+    "embed": ("fsdp", "expert"),
+    "expert": ("expert",),
+    "expert_embed": ("fsdp",),
+}
+
+
+def spec(*dims: str | None) -> PartitionSpec:
+    """PartitionSpec of an array whose dimensions have these logical names (None: not split)."""
+    unknown = [d for d in dims if d is not None and d not in RULES]
+    if unknown:
+        raise ConfigError(f"unknown logical dimensions {unknown}; RULES has {sorted(RULES)}.")
+    return PartitionSpec(*(RULES[d] if d is not None else None for d in dims))
+
+
+def make_mesh(
+    data: int = 1, fsdp: int = 1, context: int = 1, expert: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """A mesh of these sizes over `devices` (default: as many of the process's visible devices as the sizes multiply to).
+
+    Raises:
+      ConfigError: the product of the sizes differs from the number of devices given, or exceeds the number visible.
+    """
+    sizes = dict(data=data, fsdp=fsdp, context=context, expert=expert)
+    if any(n < 1 for n in sizes.values()):
+        raise ConfigError(f"mesh sizes must be positive, got {sizes}.")
+    wanted = math.prod(sizes.values())
+    visible = list(devices) if devices is not None else jax.devices()
+    if wanted > len(visible) or (devices is not None and wanted != len(visible)) or (jax.process_count() > 1 and wanted != len(visible)):
+        shown = " x ".join(f"{k}={v}" for k, v in sizes.items())
+        raise ConfigError(
+            f"the mesh {shown} needs {wanted} devices, but {len(visible)} are available; change the mesh sizes, or on CPU set "
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={wanted}."
+        )
+    if devices is None and wanted == len(visible):
+        # Lets JAX lay the axes along the physical torus; an axis of 8 never equals a torus axis of 4k chips, hence the split.
+        return jax.make_mesh(
+            tuple(sizes.values()), AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=visible
+        )
+    return Mesh(np.asarray(visible[:wanted]).reshape(tuple(sizes.values())), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+def axis_size(*axes: str) -> int:
+    """Product of the sizes of these axes of the mesh in force.
+
+    Raises:
+      ConfigError: no mesh is in force.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        raise ConfigError("no mesh is in force; wrap the call in `with jax.set_mesh(make_mesh()):`.")
+    return math.prod(mesh.shape[a] for a in axes)
+
+
+def shards(dim: str) -> int:
+    """Into how many parts the mesh in force splits a logical dimension."""
+    return axis_size(*RULES[dim])
+
+
+def check_divisible(what: str, shape: Sequence[int], dims: Sequence[str | None]) -> None:
+    """Raises `ConfigError`, with the numbers, where a dimension cannot be split evenly over the mesh in force."""
+    for size, dim in zip(shape, dims, strict=True):
+        if dim is not None and size % shards(dim):
+            axes = ", ".join(f"{a}={axis_size(a)}" for a in RULES[dim])
+            raise ConfigError(
+                f"{what}: dimension '{dim}' of size {size} (shape {tuple(shape)}) does not divide over the mesh axes {axes}; "
+                f"choose a size divisible by {shards(dim)} or another mesh."
+            )
+
+
+def check_mesh(config: ModelConfig) -> None:
+    """Raises `ConfigError` where the mesh in force cannot hold the model's expert groups (DESIGN 3)."""
+    text, expert = config.text, axis_size("expert")
+    if text.num_moe_layers and text.router_n_groups % expert:
+        raise ConfigError(
+            f"the mesh axis expert={expert} must divide router_n_groups={text.router_n_groups}, so that each device owns a whole "
+            f"number of expert groups; use one of {[n for n in range(1, text.router_n_groups + 1) if text.router_n_groups % n == 0]}."
+        )
+
+
+def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
+    """Moves `x` to the sharding of these logical dimensions (a no-op where it has it already)."""
+    return jax.sharding.reshard(x, spec(*dims))

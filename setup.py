@@ -1,0 +1,39 @@
+"""Packaging of interns1pro_jax: `pip install .` for the library, `.[demo]` for the demo's data, `.[test]` for the tests."""
+
+from setuptools import find_packages, setup
+
+CORE = [
+    "jax>=0.10.2",
+    "flax>=0.12.8",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12.8",
+    "grain>=0.2.18",
+    "tensorstore>=0.1.80",
+    "numpy>=2.0",
+    "absl-py>=2.0",
+    "gin-config>=0.5.0",
+    "jaxtyping>=0.3",
+    "msgpack>=1.0",
+    "array_record>=0.8.1; platform_system == 'Linux'",
+    "rich>=13",
+    "tensorboardX>=2.6.4",
+    "matplotlib>=3.9",
+    "pillow>=11",
+    "tokenizers>=0.22",
+]
+
+setup(
+    name="interns1pro_jax",
+    version="0.1.0",
+    description="Intern-S1-Pro in JAX: the trillion-parameter scientific multimodal model, trained and served on TPU, GPU and CPU",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["interns1pro_jax*", "pallas_kernels*", "experiments*", "tools*"]),
+    package_data={"interns1pro_jax": ["py.typed"]},
+    install_requires=CORE,
+    extras_require={
+        "tpu": ["jax[tpu]>=0.10.2"],
+        "gpu": ["jax[cuda12]>=0.10.2"],
+        "test": ["pytest>=8", "pytest-xdist>=3.6", "safetensors>=0.6", "ruff>=0.12", "mypy>=1.15"],
+    },
+)
