@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-from interns1pro_jax.config import ConfigError, ModelConfig
+from interns1pro_jax.config import ConfigError, TextConfig
 
 AXES = ("data", "fsdp", "context", "expert")
 
@@ -100,13 +100,13 @@ def check_divisible(what: str, shape: Sequence[int], dims: Sequence[str | None])
             )
 
 
-def check_mesh(config: ModelConfig) -> None:
-    """Raises `ConfigError` where the mesh in force cannot hold the model's expert groups (DESIGN 3)."""
-    text, expert = config.text, axis_size("expert")
-    if text.num_moe_layers and text.router_n_groups % expert:
+def check_expert_axis(config: TextConfig) -> None:
+    """Raises `ConfigError` where the mesh in force would split an expert group over devices (DESIGN 3)."""
+    groups, expert = config.router_n_groups, axis_size("expert")
+    if groups % expert:
         raise ConfigError(
-            f"the mesh axis expert={expert} must divide router_n_groups={text.router_n_groups}, so that each device owns a whole "
-            f"number of expert groups; use one of {[n for n in range(1, text.router_n_groups + 1) if text.router_n_groups % n == 0]}."
+            f"the mesh axis expert={expert} must divide router_n_groups={groups}, so that each device owns a whole number of "
+            f"expert groups; use one of {[n for n in range(1, groups + 1) if groups % n == 0]}."
         )
 
 

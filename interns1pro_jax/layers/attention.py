@@ -1,0 +1,103 @@
+"""Grouped-query attention with per-head q/k norm and rotary tables, and its static key/value cache (spec 2.2, 2.6)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from interns1pro_jax import sharding
+from interns1pro_jax.config import TextConfig
+from interns1pro_jax.layers.parameter import normal, ones, parameter, zeros
+from interns1pro_jax.ops.attention import dot_product_attention
+from interns1pro_jax.ops.fope import apply_rotary
+from interns1pro_jax.ops.norm import rms_norm
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AttentionContext:
+    """What every attention layer of a forward pass shares.
+
+    Attributes:
+      cos, sin: rotary tables of the tokens, [B, T, heads, H].
+      segment_ids: document of each token, 0 for padding.
+      cache_segment_ids: document of each cache slot, *after* the tokens of this pass have been written; None without cache.
+      slot: first cache slot of this pass; every row writes at the same slots, so that a write is one slice.
+    """
+
+    cos: Float[Array, "B T heads H"]
+    sin: Float[Array, "B T heads H"]
+    segment_ids: Int[Array, "B T"]
+    cache_segment_ids: Int[Array, "B S"] | None = None
+    slot: Int[Array, ""] | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerCache:
+    """Keys (after norm and rotary) and values of a run of layers, and the layer of the run to use."""
+
+    keys_LBSKH: Float[Array, "L B S K H"]
+    values_LBSKH: Float[Array, "L B S K H"]
+    layer: Int[Array, ""]
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        d, q, k, h = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        dtype, init = config.param_dtype, normal(config.initializer_range)
+        self.q_DQH = parameter(rngs, init, (d, q, h), ("embed", None, None), dtype)
+        self.k_DKH = parameter(rngs, init, (d, k, h), ("embed", None, None), dtype)
+        self.v_DKH = parameter(rngs, init, (d, k, h), ("embed", None, None), dtype)
+        self.o_QHD = parameter(rngs, init, (q, h, d), (None, None, "embed"), dtype)
+        if config.attention_bias:
+            self.q_bias_QH = parameter(rngs, zeros, (q, h), (None, None), dtype)
+            self.k_bias_KH = parameter(rngs, zeros, (k, h), (None, None), dtype)
+            self.v_bias_KH = parameter(rngs, zeros, (k, h), (None, None), dtype)
+            self.o_bias_D = parameter(rngs, zeros, (d,), (None,), dtype)
+        self.q_norm_H = parameter(rngs, ones, (h,), (None,), dtype)
+        self.k_norm_H = parameter(rngs, ones, (h,), (None,), dtype)
+
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], context: AttentionContext, cache: LayerCache | None = None
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        """Causal attention within documents; with a cache, over its slots (which this pass's keys and values join first)."""
+        cfg, dtype = self.config, x_BTD.dtype
+
+        def project(kernel: nnx.Param, bias: str) -> jax.Array:
+            y = jnp.einsum("btd,dnh->btnh", x_BTD, kernel[...].astype(dtype))
+            return y + getattr(self, bias)[...].astype(dtype) if cfg.attention_bias else y
+
+        q = rms_norm(project(self.q_DQH, "q_bias_QH"), self.q_norm_H[...], cfg.rms_norm_eps)
+        k = rms_norm(project(self.k_DKH, "k_bias_KH"), self.k_norm_H[...], cfg.rms_norm_eps)
+        v = project(self.v_DKH, "v_bias_KH")
+        q = apply_rotary(q, context.cos, context.sin)
+        k = apply_rotary(k, context.cos, context.sin)
+        # Attention needs whole rows: the context axis splits everything but the products of queries, keys and values.
+        q, k, v = (sharding.constrain(a, "batch", None, None, None) for a in (q, k, v))
+        if cache is None:
+            out = dot_product_attention(
+                q, k, v, q_segment_ids=context.segment_ids, kv_segment_ids=context.segment_ids, causal=True
+            )
+        else:
+            assert context.slot is not None and context.cache_segment_ids is not None
+            start = (cache.layer, 0, context.slot, 0, 0)
+            keys = jax.lax.dynamic_update_slice(cache.keys_LBSKH, k[None].astype(cache.keys_LBSKH.dtype), start)
+            values = jax.lax.dynamic_update_slice(cache.values_LBSKH, v[None].astype(cache.values_LBSKH.dtype), start)
+            cache = LayerCache(keys, values, cache.layer)
+            out = dot_product_attention(
+                q,
+                jax.lax.dynamic_index_in_dim(keys, cache.layer, keepdims=False).astype(dtype),
+                jax.lax.dynamic_index_in_dim(values, cache.layer, keepdims=False).astype(dtype),
+                q_segment_ids=context.segment_ids,
+                kv_segment_ids=context.cache_segment_ids,
+                q_index=jnp.broadcast_to(context.slot + jnp.arange(x_BTD.shape[1]), x_BTD.shape[:2]),
+                causal=True,
+            )
+        y = jnp.einsum("btqh,qhd->btd", out, self.o_QHD[...].astype(dtype), out_sharding=jax.typeof(x_BTD).sharding.spec)
+        return (y + self.o_bias_D[...].astype(dtype) if cfg.attention_bias else y), cache

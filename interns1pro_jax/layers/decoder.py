@@ -1,0 +1,152 @@
+"""A decoder block and a run of equal blocks, stacked so that any number of layers compiles as one (spec 2.1)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from interns1pro_jax.config import TextConfig
+from interns1pro_jax.layers.attention import Attention, AttentionContext, LayerCache
+from interns1pro_jax.layers.mlp import Mlp
+from interns1pro_jax.layers.moe import ExpertStack, Moe
+from interns1pro_jax.layers.parameter import ones, parameter
+from interns1pro_jax.layers.router import RouterStats
+from interns1pro_jax.ops.norm import rms_norm
+
+# What the backward pass keeps of a block, by name. "full" keeps only the block's input and recomputes the rest.
+REMAT: dict[str, Callable[[Callable], Callable]] = {
+    "none": lambda body: body,
+    "full": jax.checkpoint,
+    "dots": lambda body: jax.checkpoint(body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BlockOutput:
+    """Everything a block yields besides the residual stream; stacked over the layers of a run. Router fields are None in dense
+    blocks, and trace fields unless a trace was asked for."""
+
+    ids_BTGC: Int[Array, "B T G C"] | None = None
+    stats: RouterStats | None = None
+    hidden_BTD: Float[Array, "B T D"] | None = None
+    attention_BTD: Float[Array, "B T D"] | None = None
+    mlp_BTD: Float[Array, "B T D"] | None = None
+    router_logits_BTE: Float[Array, "B T E"] | None = None
+    weights_BTGC: Float[Array, "B T G C"] | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerInputs:
+    """Optional per-layer inputs of a run, with a leading layer axis: recorded routing and gradient probes (`layers.router`)."""
+
+    replay_BTGC: Int[Array, "L B T G C"] | None = None
+    probe: Float[Array, "L"] | None = None
+
+
+class DecoderBlock(nnx.Module):
+    def __init__(self, config: TextConfig, moe: bool, *, rngs: nnx.Rngs):
+        self.config = config
+        self.attention_norm_D = parameter(rngs, ones, (config.hidden_size,), (None,), config.param_dtype)
+        self.attention = Attention(config, rngs=rngs)
+        self.mlp_norm_D = parameter(rngs, ones, (config.hidden_size,), (None,), config.param_dtype)
+        if moe:
+            self.moe = Moe(config, rngs=rngs)
+        else:
+            self.mlp = Mlp(config, rngs=rngs)
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        context: AttentionContext,
+        inputs: LayerInputs,
+        cache: LayerCache | None = None,
+        experts: ExpertStack | None = None,
+        trace: bool = False,
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None, BlockOutput]:
+        eps = self.config.rms_norm_eps
+        attention, cache = self.attention(rms_norm(x_BTD, self.attention_norm_D[...], eps), context, cache)
+        x_BTD = x_BTD + attention
+        h = rms_norm(x_BTD, self.mlp_norm_D[...], eps)
+        out = BlockOutput()
+        if hasattr(self, "moe"):
+            mlp, routing, stats, logits = self.moe(
+                h, valid_BT=context.segment_ids > 0, replay_BTGC=inputs.replay_BTGC, probe=inputs.probe, experts=experts
+            )
+            out = BlockOutput(ids_BTGC=routing.ids_BTGC, stats=stats)
+            if trace:
+                out = dataclasses.replace(out, router_logits_BTE=logits, weights_BTGC=routing.weights_BTGC)
+        else:
+            mlp = self.mlp(h)
+        x_BTD = x_BTD + mlp
+        if trace:
+            out = dataclasses.replace(out, hidden_BTD=x_BTD, attention_BTD=attention, mlp_BTD=mlp)
+        return x_BTD, cache, out
+
+
+def stack_blocks(config: TextConfig, moe: bool, count: int, *, rngs: nnx.Rngs) -> DecoderBlock:
+    """`count` blocks whose parameters have a leading layer axis."""
+
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def make(key: jax.Array) -> DecoderBlock:
+        return DecoderBlock(config, moe, rngs=nnx.Rngs(key))
+
+    return make(jax.random.split(rngs.params(), count))
+
+
+def run_blocks(
+    blocks: DecoderBlock,
+    x_BTD: Float[Array, "B T D"],
+    context: AttentionContext,
+    inputs: LayerInputs,
+    *,
+    remat: str = "none",
+    trace: bool = False,
+) -> tuple[Float[Array, "B T D"], BlockOutput]:
+    """Applies stacked blocks one after the other; outputs are stacked over layers. `remat` names an entry of `REMAT`."""
+    graph, params = nnx.split(blocks)
+
+    def body(x: jax.Array, layer: tuple[Any, LayerInputs]) -> tuple[jax.Array, BlockOutput]:
+        x, _, out = nnx.merge(graph, layer[0])(x, context, layer[1], trace=trace)
+        return x, out
+
+    return jax.lax.scan(REMAT[remat](body), x_BTD, (params, inputs))
+
+
+def run_blocks_cached(
+    blocks: DecoderBlock,
+    x_BTD: Float[Array, "B T D"],
+    context: AttentionContext,
+    inputs: LayerInputs,
+    keys_LBSKH: Float[Array, "L B S K H"],
+    values_LBSKH: Float[Array, "L B S K H"],
+    *,
+    trace: bool = False,
+) -> tuple[Float[Array, "B T D"], tuple[jax.Array, jax.Array], BlockOutput]:
+    """`run_blocks` over a key/value cache. Cache and expert weights are not sliced per layer but updated and read in place."""
+    graph, params = nnx.split(blocks)
+    experts = None
+    if "moe" in params:
+        moe = params["moe"]
+        experts = (moe["wi_EDF"][...], moe["wo_EFD"][...])
+        # The scan must not slice the expert weights, so each layer gets empty ones in their place.
+        params = nnx.State({**params, "moe": {**moe, "wi_EDF": moe["wi_EDF"].replace(experts[0][:, :0]), "wo_EFD": moe["wo_EFD"].replace(experts[1][:, :0])}})
+
+    def body(carry: tuple[jax.Array, jax.Array, jax.Array], layer: tuple[Any, LayerInputs, jax.Array]):
+        x, keys, values = carry
+        state, layer_inputs, index = layer
+        stack = None if experts is None else ExpertStack(*experts, index)
+        x, cache, out = nnx.merge(graph, state)(x, context, layer_inputs, LayerCache(keys, values, index), stack, trace=trace)
+        assert cache is not None
+        return (x, cache.keys_LBSKH, cache.values_LBSKH), out
+
+    layers = jnp.arange(keys_LBSKH.shape[0], dtype=jnp.int32)
+    (x_BTD, keys, values), outputs = jax.lax.scan(body, (x_BTD, keys_LBSKH, values_LBSKH), (params, inputs, layers))
+    return x_BTD, (keys, values), outputs

@@ -1,0 +1,128 @@
+"""The mixture-of-experts layer: grouped router, exactly balanced dispatch, expert products, combine (DESIGN 3).
+
+How a token flows, on a mesh whose `expert` axis has R devices (each owns G/R groups and holds 1/R of the expert group's tokens):
+
+    router                own tokens only, no communication
+    token all-gather      every device of the expert axis sees all their tokens: each needs every token once, so this is the
+                          fewest bytes possible, and the number of rows per device is tokens*K/R for any routing
+    routing all-to-all    ids and weights of the groups a device owns (a few bytes per token)
+    dispatch              bijective permutation of the rows by expert: a gather, and its backward is a gather
+    expert products       64 groups (released size) of varying sizes with a fixed sum
+    combine               inverse permutation and sum over a token's experts
+    token reduce-scatter  sums the devices' contributions, each keeps its own tokens
+
+`expert_parallel_mlp` is all of it; its collectives carry the names `token_all_gather`, `routing_all_to_all`,
+`expert_weight_all_gather` and `token_reduce_scatter` in the compiled program.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from interns1pro_jax import sharding
+from interns1pro_jax.config import TextConfig
+from interns1pro_jax.layers.mlp import swiglu
+from interns1pro_jax.layers.parameter import normal, parameter
+from interns1pro_jax.layers.router import Router, RouterStats, Routing
+from interns1pro_jax.ops.grouped_matmul import grouped_matmul
+from interns1pro_jax.ops.permutation import combine, dispatch, make_plan, permute_slots
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ExpertStack:
+    """Expert weights of a whole run of layers and the layer to use. While decoding, the products read the layer's weights in
+    place: slicing the layer out would copy all its experts for the few that a handful of tokens choose."""
+
+    wi_LEDF: Float[Array, "L E D two_F"]
+    wo_LEFD: Float[Array, "L E F D"]
+    layer: Int[Array, ""]
+
+
+class Moe(nnx.Module):
+    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
+        sharding.check_expert_axis(config)
+        self.config = config
+        e, d, f = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        init = normal(config.initializer_range)
+        self.router = Router(config, rngs=rngs)
+        self.wi_EDF = parameter(rngs, init, (e, d, 2 * f), ("expert", "expert_embed", None), config.param_dtype)
+        self.wo_EFD = parameter(rngs, init, (e, f, d), ("expert", None, "expert_embed"), config.param_dtype)
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        *,
+        valid_BT: Bool[Array, "B T"],
+        replay_BTGC: Int[Array, "B T G C"] | None = None,
+        probe: Float[Array, ""] | None = None,
+        experts: ExpertStack | None = None,
+    ) -> tuple[Float[Array, "B T D"], Routing, RouterStats, Float[Array, "B T E"]]:
+        """Returns the layer's output, and the router's routing, statistics and logits. Arguments as in `Router`; `experts`
+        replaces the layer's own weights by a stack of which one layer is used."""
+        routing, stats, logits = self.router(x_BTD, valid_BT=valid_BT, replay_BTGC=replay_BTGC, probe=probe)
+        if experts is None:
+            experts = ExpertStack(self.wi_EDF[...][None], self.wo_EFD[...][None], jnp.int32(0))
+        return expert_parallel_mlp(x_BTD, routing, experts), routing, stats, logits
+
+
+def expert_parallel_mlp(x_BTD: Float[Array, "B T D"], routing: Routing, experts: ExpertStack) -> Float[Array, "B T D"]:
+    """Sum over each token's experts of `weight * down(silu(gate x) * up x)`, computed where the experts are.
+
+    Batch over (data, fsdp, expert), sequence over context; experts over (expert, fsdp). The weight is applied before the down
+    projection, so that the backward does not need that projection's output.
+    """
+    batch, sequence = sharding.RULES["batch"], sharding.RULES["sequence"]
+    return jax.shard_map(
+        partial(_local_mlp, ranks=sharding.axis_size("expert"), gathers=sharding.axis_size("fsdp") > 1),
+        in_specs=(
+            PartitionSpec(batch, sequence, None),
+            PartitionSpec(batch, sequence, None, None),
+            PartitionSpec(batch, sequence, None, None),
+            PartitionSpec(None, "expert", "fsdp", None),
+            PartitionSpec(None, "expert", None, "fsdp"),
+            PartitionSpec(),
+        ),
+        out_specs=PartitionSpec(batch, sequence, None),
+    )(x_BTD, routing.ids_BTGC, routing.weights_BTGC, experts.wi_LEDF, experts.wo_LEFD, experts.layer)
+
+
+def _local_mlp(x_BTD, ids_BTGC, weights_BTGC, wi_LEDF, wo_LEFD, layer, *, ranks: int, gathers: bool):
+    """One device's part; arguments are its shards."""
+    b, t, d = x_BTD.shape
+    groups, chosen = ids_BTGC.shape[-2:]
+    own_groups, own_experts = groups // ranks, wi_LEDF.shape[1]
+    with jax.named_scope("token_all_gather"):
+        x_ND = jax.lax.all_gather(x_BTD.reshape(b * t, d), "expert", tiled=True)
+    with jax.named_scope("routing_all_to_all"):
+        exchange = partial(jax.lax.all_to_all, axis_name="expert", split_axis=1, concat_axis=0, tiled=True)
+        ids_NGC = exchange(ids_BTGC.reshape(b * t, groups, chosen))
+        weights_NGC = exchange(weights_BTGC.reshape(b * t, groups, chosen))
+    local_ids = ids_NGC + (own_experts // own_groups) * jnp.arange(own_groups, dtype=ids_NGC.dtype)[:, None]
+    plan = make_plan(local_ids.reshape(-1, own_groups * chosen), own_experts)
+
+    offset = layer * own_experts
+    if wi_LEDF.shape[0] == 1 or gathers:
+        wi_LEDF = jax.lax.dynamic_slice_in_dim(wi_LEDF, layer, 1) if wi_LEDF.shape[0] > 1 else wi_LEDF
+        wo_LEFD = jax.lax.dynamic_slice_in_dim(wo_LEFD, layer, 1) if wo_LEFD.shape[0] > 1 else wo_LEFD
+        offset = None
+    wi, wo = wi_LEDF.astype(x_BTD.dtype), wo_LEFD.astype(x_BTD.dtype)
+    with jax.named_scope("expert_weight_all_gather"):
+        wi = jax.lax.all_gather(wi, "fsdp", axis=2, tiled=True)
+        wo = jax.lax.all_gather(wo, "fsdp", axis=3, tiled=True)
+    wi, wo = wi.reshape(-1, *wi.shape[2:]), wo.reshape(-1, *wo.shape[2:])
+
+    rows_MD = dispatch(x_ND, plan)
+    hidden_MF = swiglu(grouped_matmul(rows_MD, wi, plan.group_sizes_G, group_offset=offset))
+    scaled_MF = hidden_MF * permute_slots(weights_NGC.reshape(-1, own_groups * chosen), plan)[:, None].astype(hidden_MF.dtype)
+    out_ND = combine(grouped_matmul(scaled_MF, wo, plan.group_sizes_G, group_offset=offset), plan)
+    with jax.named_scope("token_reduce_scatter"):
+        out_ND = jax.lax.psum_scatter(out_ND, "expert", tiled=True)
+    return out_ND.reshape(b, t, d)

@@ -1,0 +1,136 @@
+"""The whole model: towers fill the placeholders of the token sequence, the decoder reads it (spec 2.7)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from interns1pro_jax import sharding
+from interns1pro_jax.config import ModelConfig
+from interns1pro_jax.models.inputs import ModelInputs
+from interns1pro_jax.models.text import KVCache, TextModel, TextOutput
+from interns1pro_jax.models.time_series import TimeSeriesTower
+from interns1pro_jax.models.vision import VisionTower
+
+
+class InternS1Pro(nnx.Module):
+    """Intern-S1-Pro. Build it under a mesh: `with jax.set_mesh(make_mesh()): model = create_model(config)`."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.text = TextModel(config.text, rngs=rngs)
+        self.vision = None if config.vision is None else VisionTower(config.vision, rngs=rngs)
+        self.time_series = None if config.time_series is None else TimeSeriesTower(config.time_series, rngs=rngs)
+
+    def embed(self, inputs: ModelInputs) -> Float[Array, "B T D"]:
+        """Token embeddings with the towers' embeddings in place of the placeholders, in reading order."""
+        x_BTD = self.text.embed(inputs.tokens)
+        if inputs.vision is not None:
+            assert self.vision is not None, "the batch has images, but the model has no vision tower"
+            mask = (inputs.tokens == self.config.image_token_id) | (inputs.tokens == self.config.video_token_id)
+            x_BTD = place(x_BTD, mask, self.vision(inputs.vision))
+        if inputs.time_series is not None:
+            assert self.time_series is not None, "the batch has signals, but the model has no time-series tower"
+            x_BTD = place(x_BTD, inputs.tokens == self.config.ts_token_id, self.time_series(inputs.time_series))
+        return x_BTD
+
+    def __call__(
+        self,
+        inputs: ModelInputs,
+        *,
+        cache: KVCache | None = None,
+        replay_LBTGC: Int[Array, "L B T G C"] | None = None,
+        probe_L: Float[Array, "L"] | None = None,
+        remat: str = "none",
+        trace: bool = False,
+    ) -> TextOutput:
+        """Runs towers and decoder; arguments as in `TextModel`. Check host-made inputs with `check_inputs` first: inside a
+        compiled program a mismatch cannot raise."""
+        return self.text(
+            self.embed(inputs),
+            inputs.positions,
+            inputs.segment_ids,
+            cache=cache,
+            replay_LBTGC=replay_LBTGC,
+            probe_L=probe_L,
+            remat=remat,
+            trace=trace,
+        )
+
+
+def create_model(config: ModelConfig, seed: int = 0) -> InternS1Pro:
+    """A randomly initialised model, its parameters created where the mesh in force puts them. The values do not depend on the mesh."""
+    graph = nnx.graphdef(nnx.eval_shape(lambda: InternS1Pro(config, rngs=nnx.Rngs(0))))
+
+    @jax.jit
+    def initial(key: jax.Array):
+        return nnx.state(InternS1Pro(config, rngs=nnx.Rngs(key)))
+
+    return nnx.merge(graph, initial(jax.random.key(seed)))
+
+
+def place(x_BTD: Float[Array, "B T D"], mask_BT: Bool[Array, "B T"], embeddings_PnD: Float[Array, "P n D"]) -> Float[Array, "B T D"]:
+    """Puts the n-th embedding of a pack at the n-th marked position of the pack's rows (rows p*B/P .. (p+1)*B/P-1).
+
+    Each device fills the rows it holds from the packs it holds, so P must be a multiple of the mesh's batch shards.
+    """
+    packs = embeddings_PnD.shape[0]
+    sharding.check_divisible("packs of media", (packs,), ("batch",))
+    if x_BTD.shape[0] % packs:
+        raise ValueError(f"{packs} packs of media do not divide over {x_BTD.shape[0]} rows; give each pack the same number of rows.")
+
+    def local(x, mask, embeddings):
+        rank = jnp.cumsum(mask.reshape(embeddings.shape[0], -1), -1) - 1
+        found = jax.vmap(lambda e, i: e.at[i].get(mode="clip"))(embeddings.astype(x.dtype), rank)
+        return jnp.where(mask[..., None], found.reshape(x.shape), x)
+
+    batch = sharding.RULES["batch"]
+    whole = jax.shard_map(
+        local,
+        in_specs=(PartitionSpec(batch, None, None), PartitionSpec(batch, None), PartitionSpec(batch, None, None)),
+        out_specs=PartitionSpec(batch, None, None),
+    )
+    placed = whole(*(sharding.constrain(a, "batch", *(None,) * (a.ndim - 1)) for a in (x_BTD, mask_BT, embeddings_PnD)))
+    return sharding.constrain(placed, "batch", "sequence", None)
+
+
+def check_inputs(config: ModelConfig, inputs: ModelInputs) -> None:
+    """Raises `ValueError` where host-made inputs cannot be right: token ids out of range, or placeholders and media that do
+    not match; the message names both numbers."""
+    tokens = np.asarray(inputs.tokens)
+    if tokens.size and (tokens.min() < 0 or tokens.max() >= config.text.vocab_size):
+        raise ValueError(
+            f"token ids must lie in 0..{config.text.vocab_size - 1}, got {tokens.min()}..{tokens.max()}; "
+            "the tokenizer and the model's vocab_size do not belong together."
+        )
+    vision = series = None
+    if inputs.vision is not None:
+        merge = 1 if config.vision is None else config.vision.spatial_merge_size**2
+        vision = (np.asarray(inputs.vision.frame_ids) > 0).sum(-1) // merge
+    if inputs.time_series is not None:
+        series = (np.asarray(inputs.time_series.pair_ids)[:, ::2] > 0).sum(-1)
+    kinds = (
+        ("image and video", "vision", config.vision, (config.image_token_id, config.video_token_id), vision),
+        ("time-series", "time-series", config.time_series, (config.ts_token_id,), series),
+    )
+    for kind, tower, tower_config, ids, embeddings in kinds:
+        marked = np.isin(tokens, ids)
+        if embeddings is not None and tower_config is None:
+            raise ValueError(f"the inputs have {kind} contents, but the model has no {tower} tower.")
+        if embeddings is None:
+            # Without its tower the id is an ordinary token.
+            if tower_config is not None and marked.any():
+                raise ValueError(f"the tokens have {int(marked.sum())} {kind} placeholders, but no {kind} contents were given.")
+            continue
+        if tokens.shape[0] % len(embeddings):
+            raise ValueError(f"{len(embeddings)} packs of {kind} contents do not divide over {tokens.shape[0]} rows.")
+        wanted = marked.reshape(len(embeddings), -1).sum(-1)
+        for pack in np.nonzero(wanted != embeddings)[0]:
+            raise ValueError(
+                f"pack {pack}: the tokens have {int(wanted[pack])} {kind} placeholders, but the contents give "
+                f"{int(embeddings[pack])} embeddings; expand each placeholder to as many tokens as its contents need."
+            )

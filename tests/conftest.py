@@ -1,0 +1,30 @@
+"""Every test runs on eight emulated CPU devices, so that sharded and unsharded results can be compared in one process."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8").strip()
+
+from pathlib import Path
+
+import jax
+import pytest
+
+from interns1pro_jax.sharding import make_mesh
+
+REFERENCE = Path(os.environ.get("INTERNS1PRO_REFERENCE", Path(__file__).resolve().parents[2] / "shared" / "reference"))
+
+
+@pytest.fixture(scope="session")
+def reference() -> Path:
+    """The directory of golden data from the official implementation."""
+    if not REFERENCE.is_dir():
+        pytest.skip(f"golden data not found at {REFERENCE}; set INTERNS1PRO_REFERENCE to its directory")
+    return REFERENCE
+
+
+@pytest.fixture
+def mesh():
+    """A mesh of one device, in force during the test."""
+    with jax.set_mesh(make_mesh()) as mesh:
+        yield mesh
