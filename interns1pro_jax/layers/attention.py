@@ -80,10 +80,9 @@ class Attention(nnx.Module):
         k = apply_rotary(k, context.cos, context.sin)
         # Attention needs whole rows: the context axis splits everything but the products of queries, keys and values.
         q, k, v = (sharding.constrain(a, "batch", None, None, None) for a in (q, k, v))
+        segment_ids = sharding.constrain(context.segment_ids, "batch", None)
         if cache is None:
-            out = dot_product_attention(
-                q, k, v, q_segment_ids=context.segment_ids, kv_segment_ids=context.segment_ids, causal=True
-            )
+            out = dot_product_attention(q, k, v, q_segment_ids=segment_ids, kv_segment_ids=segment_ids, causal=True)
         else:
             assert context.slot is not None and context.cache_segment_ids is not None
             start = (cache.layer, 0, context.slot, 0, 0)
@@ -94,10 +93,11 @@ class Attention(nnx.Module):
                 q,
                 jax.lax.dynamic_index_in_dim(keys, cache.layer, keepdims=False).astype(dtype),
                 jax.lax.dynamic_index_in_dim(values, cache.layer, keepdims=False).astype(dtype),
-                q_segment_ids=context.segment_ids,
+                q_segment_ids=segment_ids,
                 kv_segment_ids=context.cache_segment_ids,
                 q_index=jnp.broadcast_to(context.slot + jnp.arange(x_BTD.shape[1]), x_BTD.shape[:2]),
                 causal=True,
             )
+        out = sharding.constrain(out, "batch", "sequence", None, None)
         y = jnp.einsum("btqh,qhd->btd", out, self.o_QHD[...].astype(dtype), out_sharding=jax.typeof(x_BTD).sharding.spec)
         return (y + self.o_bias_D[...].astype(dtype) if cfg.attention_bias else y), cache

@@ -135,6 +135,7 @@ class TextModel(nnx.Module):
           remat: what the backward keeps of a block (`layers.decoder.REMAT`).
           trace: also return the intermediate values of every block.
         """
+        positions_BT, segment_ids_BT = (sharding.constrain(a, "batch", "sequence") for a in (positions_BT, segment_ids_BT))
         cos, sin = self.rotary(positions_BT)
         context = AttentionContext(cos, sin, segment_ids_BT)
         segments = None
