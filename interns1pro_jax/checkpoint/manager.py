@@ -1,0 +1,265 @@
+"""Checkpoints of a run: asynchronous, complete or absent, readable on another mesh.
+
+A checkpoint is a directory `DIR/<step>` that Orbax writes under a temporary name and renames when every byte is there, and
+that is moved to `DIR/deleted` before it is removed. So whatever carries a step's name is complete, at whatever moment the
+process dies. Inside: `state/`, the arrays under the names of their places in the tree (`params/text/lm_head_DV`), and
+`manifest/`, JSON with their shapes and dtypes, what the run must have in common with its successor, and what the caller adds.
+
+The place in the data is the step: batches are a function of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+_TEMPORARY, _DELETED = "*.orbax-checkpoint-tmp", "deleted"
+_STATE, _MANIFEST = "state", "manifest"
+_LISTED = 8  # names shown in an error
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or does not fit; the message names the path, what is wrong and the remedy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """What `CheckpointManager.restore` returns: the state, the step it was saved at, and the JSON that was saved beside it."""
+
+    state: Any
+    step: int
+    extras: dict[str, Any]
+
+
+class CheckpointManager:
+    """Saves and restores pytrees of arrays under one directory. All processes of a run make the same calls.
+
+    Args:
+      directory: created where it does not exist.
+      identity: JSON values (nested mappings allowed) that must be the same when a run is continued: model configuration, data
+        fingerprint, seed. `restore` names every key that differs.
+      keep_last: how many of the newest checkpoints are kept.
+      keep_every: checkpoints of steps divisible by this are kept for ever; None keeps none of them.
+
+    Raises:
+      CheckpointError: the directory cannot be written.
+    """
+
+    def __init__(self, directory: str | Path, identity: Mapping[str, Any], *, keep_last: int = 2, keep_every: int | None = None):
+        if keep_last < 1:
+            raise CheckpointError(f"keep_last={keep_last} must be at least 1: the newest checkpoint is what a restart continues from.")
+        self.directory = Path(directory).absolute()
+        self._identity = json.loads(json.dumps(identity))
+        if jax.process_index() == 0:
+            check_writable(self.directory)
+            self._sweep()
+        policies = [ocp.checkpoint_managers.LatestN(keep_last)]
+        if keep_every is not None:
+            policies.append(ocp.checkpoint_managers.EveryNSteps(keep_every))
+        self._orbax = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                step_format_fixed_length=8,
+                todelete_subdir=_DELETED,
+                preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
+            ),
+            item_handlers={_STATE: ocp.PyTreeCheckpointHandler(), _MANIFEST: ocp.JsonCheckpointHandler()},
+        )
+
+    def __enter__(self) -> CheckpointManager:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def latest_step(self) -> int | None:
+        """The newest complete checkpoint; None if there is none."""
+        return self._orbax.latest_step()
+
+    def save(self, step: int, state: Any, extras: Mapping[str, Any] | None = None) -> None:
+        """Starts to save `state`, which may be donated as soon as this returns. Waits for an earlier save that is not done.
+
+        Args:
+          extras: JSON to keep beside the state.
+
+        Raises:
+          CheckpointError: this save, or an earlier one that ran in the background, failed. What was complete stays.
+        """
+        self.wait()
+        arrays = _named_leaves(state)
+        manifest = {"identity": self._identity, "extras": dict(extras or {}), "arrays": _describe(arrays)}
+        if jax.process_index() == 0:
+            self._sweep()
+            self._check_space(step, sum(x.nbytes for x in arrays.values()))
+        items = ocp.args.Composite(**{_STATE: ocp.args.PyTreeSave(arrays), _MANIFEST: ocp.args.JsonSave(manifest)})
+        try:
+            self._orbax.save(step, args=items, force=True)
+        except Exception as error:
+            raise self._failure(error) from error
+
+    def check(self) -> None:
+        """Raises `CheckpointError` if a save in the background has failed; does not wait."""
+        try:
+            self._orbax.check_for_errors()
+        except Exception as error:
+            raise self._failure(error) from error
+
+    def wait(self) -> None:
+        """Waits until the last save is complete.
+
+        Raises:
+          CheckpointError: it failed.
+        """
+        try:
+            self._orbax.wait_until_finished()
+        except Exception as error:
+            raise self._failure(error) from error
+
+    def restore(self, abstract: Any, step: int | None = None) -> Restored:
+        """Reads a checkpoint, each process and device only what `abstract` puts there.
+
+        Args:
+          abstract: the tree to fill: `jax.ShapeDtypeStruct` with shardings, or arrays (`train.state.abstract_state`). The mesh may
+            differ from the one that was saved from.
+          step: which checkpoint; None takes the newest.
+
+        Raises:
+          CheckpointError: there is no such checkpoint, it was made with another identity, its arrays have other names, shapes or
+            dtypes, or its files are damaged.
+        """
+        steps = self._orbax.all_steps()
+        step = self.latest_step if step is None else step
+        if step not in steps:
+            raise CheckpointError(f"{self.directory} has no checkpoint of step {step}; it has {sorted(steps) or 'none'}.")
+        where = self.directory / f"{step:08d}"
+        wanted = _named_leaves(abstract)
+        try:
+            manifest = self._orbax.restore(step, args=ocp.args.Composite(**{_MANIFEST: ocp.args.JsonRestore()}))[_MANIFEST]
+            self._compare_identity(where, manifest["identity"])
+            self._compare_arrays(where, manifest["arrays"], _describe(wanted))
+            args = ocp.args.PyTreeRestore(wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted))
+            found = self._orbax.restore(step, args=ocp.args.Composite(**{_STATE: args}))[_STATE]
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"{where} cannot be read ({_first_line(error)}); its files are damaged. Move it away to continue from the "
+                f"checkpoint before it (here: {sorted(set(steps) - {step}) or 'none'})."
+            ) from error
+        leaves = [found[name] for name in wanted]
+        return Restored(jax.tree.unflatten(jax.tree.structure(abstract), leaves), step, manifest["extras"])
+
+    def close(self) -> None:
+        """Waits for the last save and lets go of the directory.
+
+        Raises:
+          CheckpointError: the last save failed.
+        """
+        try:
+            self.wait()
+        finally:
+            self._orbax.close()
+            if jax.process_index() == 0:
+                self._sweep()
+
+    def _sweep(self) -> None:
+        """Removes what an interrupted or failed save left behind, and checkpoints that are no longer kept."""
+        for path in (*self.directory.glob(_TEMPORARY), self.directory / _DELETED):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _check_space(self, step: int, needed: int) -> None:
+        free = shutil.disk_usage(self.directory).free
+        if free < needed:
+            raise CheckpointError(
+                f"no space for the checkpoint of step {step} in {self.directory}: it needs up to {needed:,} bytes and {free:,} are free. "
+                f"{self._kept()} Free some space or keep fewer checkpoints, then start again."
+            )
+
+    def _failure(self, error: Exception) -> CheckpointError:
+        """What a failed save means for the user."""
+        free = shutil.disk_usage(self.directory).free if self.directory.is_dir() else 0
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+        reason = f"no space left ({free:,} bytes are free)" if full else _first_line(error)
+        remedy = "Free some space or keep fewer checkpoints" if full else "Make the directory writable"
+        self._orbax.reload()
+        if jax.process_index() == 0:
+            self._sweep()
+        return CheckpointError(f"saving a checkpoint in {self.directory} failed: {reason}. {self._kept()} {remedy}, then start again.")
+
+    def _kept(self) -> str:
+        steps = sorted(self._orbax.all_steps())
+        return f"The checkpoints of steps {steps} are complete." if steps else "No checkpoint is complete yet."
+
+    def _compare_identity(self, where: Path, saved: Mapping[str, Any]) -> None:
+        old, new = _flatten(saved), _flatten(self._identity)
+        changed = [
+            f"{k}: saved {old.get(k, 'nothing')!r}, now {new.get(k, 'nothing')!r}" for k in sorted(old | new) if old.get(k) != new.get(k)
+        ]
+        if changed:
+            raise CheckpointError(
+                f"{where} was saved by a run with another configuration ({_list(changed)}). Set these back to continue it, or choose "
+                "another workdir to start anew."
+            )
+
+    @staticmethod
+    def _compare_arrays(where: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+        problems = [f"{k} is missing there" for k in wanted if k not in saved] + [
+            f"{k} is not in this run" for k in saved if k not in wanted
+        ]
+        problems += [f"{k}: saved {saved[k]}, now {wanted[k]}" for k in wanted if k in saved and saved[k] != wanted[k]]
+        if problems:
+            raise CheckpointError(
+                f"{where} does not fit this model and optimizer ({_list(problems)}). Continue with the code and configuration that "
+                "saved it, or choose another workdir."
+            )
+
+
+def check_writable(directory: Path) -> None:
+    """Creates `directory` if need be, and writes a byte there to see that it can.
+
+    Raises:
+      CheckpointError: naming the directory, the reason and the remedy.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(b"0")
+            file.flush()
+    except OSError as error:
+        raise CheckpointError(
+            f"{directory} cannot be written ({error.strerror}); choose another directory, or change its permissions or mount."
+        ) from error
+
+
+def _named_leaves(tree: Any) -> dict[str, Any]:
+    """Leaves by the names of their places; the array inside an NNX variable has the variable's name."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value"): leaf for path, leaf in leaves}
+
+
+def _describe(arrays: Mapping[str, Any]) -> dict[str, str]:
+    return {name: f"{x.dtype}[{','.join(map(str, x.shape))}]" for name, x in arrays.items()}
+
+
+def _flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
+
+
+def _list(items: list[str]) -> str:
+    more = len(items) - _LISTED
+    return "; ".join(items[:_LISTED]) + (f"; and {more} more" if more > 0 else "")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]

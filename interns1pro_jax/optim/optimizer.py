@@ -1,0 +1,146 @@
+"""AdamW with global-norm clipping, and an update that is applied only where loss and gradients are finite.
+
+The learning rate is a function of the training step, not of the number of applied updates: a skipped step does not shift the
+schedule, so that the decay ends with the run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from interns1pro_jax.config import ConfigError
+
+_MOMENT_DTYPES = ("float32", "bfloat16")
+# Words in the names of parameters that are not matrices, and of lookup tables.
+_VECTORS = {"bias", "scale", "norm"}
+_TABLES = {"embed", "position"}
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (arXiv:1711.05101).
+
+    Attributes:
+      weight_decay: decoupled decay of the matrices; vectors (norm scales, biases) are never decayed.
+      decay_embeddings: decay lookup tables (token embeddings, learned positions) as well.
+      clip_norm: largest global norm of the gradient; None does not clip.
+      moment_dtype: storage of both moments; they are computed in float32.
+    """
+
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    decay_embeddings: bool = False
+    clip_norm: float | None = 1.0
+    moment_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"OptimizerConfig.{name}={getattr(self, name)} must lie in 0..1, 1 excluded.")
+        if self.eps <= 0:
+            raise ConfigError(f"OptimizerConfig.eps={self.eps} must be positive.")
+        if self.weight_decay < 0:
+            raise ConfigError(f"OptimizerConfig.weight_decay={self.weight_decay} must not be negative.")
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise ConfigError(f"OptimizerConfig.clip_norm={self.clip_norm} must be positive; None does not clip.")
+        if self.moment_dtype not in _MOMENT_DTYPES:
+            raise ConfigError(
+                f"OptimizerConfig.moment_dtype={self.moment_dtype!r} is not supported; use one of {', '.join(_MOMENT_DTYPES)}."
+            )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """What one optimizer step returns.
+
+    Attributes:
+      params, opt_state: the new values, or the old ones bit for bit where `finite` is False.
+      grad_norm: float32 scalar, global norm before clipping.
+      learning_rate: float32 scalar.
+      finite: bool scalar, whether loss and gradient norm were finite.
+    """
+
+    params: Any
+    opt_state: optax.OptState
+    grad_norm: jax.Array
+    learning_rate: jax.Array
+    finite: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """A gradient transformation without its learning rate, and the learning rate as a function of the step."""
+
+    transform: optax.GradientTransformation
+    schedule: optax.Schedule
+
+    def init(self, params: Any) -> optax.OptState:
+        """State of the optimizer; moments have the sharding of their parameters."""
+        return self.transform.init(params)
+
+    def update(self, grads: Any, opt_state: optax.OptState, params: Any, step: jax.Array, loss: jax.Array) -> Update:
+        """One update, applied only if `loss` and the norm of `grads` are finite (pure, for use inside jit).
+
+        Args:
+          grads: gradients with the structure of `params`, any float dtype; computed with in float32.
+          step: int scalar, updates tried so far.
+        """
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        grad_norm = optax.tree.norm(grads)
+        learning_rate = jnp.asarray(self.schedule(step), jnp.float32)
+        directions, new_opt_state = self.transform.update(grads, opt_state, params)
+        new_params = jax.tree.map(lambda p, d: (p.astype(jnp.float32) - learning_rate * d).astype(p.dtype), params, directions)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (new_params, new_opt_state), (params, opt_state))
+        return Update(*kept, grad_norm=grad_norm, learning_rate=learning_rate, finite=finite)
+
+
+def decay_mask(params: nnx.State, embeddings: bool = False) -> nnx.State:
+    """Which parameters are decayed: True or False in the place of each `nnx.Param`.
+
+    Matrices are, vectors are not, and lookup tables are where `embeddings` says so. The name tells them apart (`wi_EDF`,
+    `q_bias_QH`, `norm1_scale_D`, `embed_VD`); the number of axes would not, because stacked layers add one.
+    """
+
+    def decayed(path: tuple[Any, ...], _: nnx.Variable) -> bool:
+        *words, _ = str(path[-1].key).split("_")
+        return _VECTORS.isdisjoint(words) and (embeddings or _TABLES.isdisjoint(words))
+
+    return jax.tree_util.tree_map_with_path(decayed, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def _stored_as(inner: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:
+    """`inner`, computed in float32 with its floating-point state stored in `dtype`."""
+
+    def cast(tree: Any, to: str) -> Any:
+        return jax.tree.map(lambda x: x.astype(to) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+    def init(params: Any) -> optax.OptState:
+        return cast(inner.init(params), dtype)
+
+    def update(updates: Any, state: optax.OptState, params: Any = None) -> tuple[Any, optax.OptState]:
+        updates, state = inner.update(updates, cast(state, "float32"), params)
+        return updates, cast(state, dtype)
+
+    return optax.GradientTransformation(init, update)
+
+
+def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> Optimizer:
+    """AdamW with clipping: clip, moments with bias correction, decoupled weight decay, learning rate of the step."""
+    return Optimizer(
+        optax.chain(
+            optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm),
+            _stored_as(optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps), config.moment_dtype),
+            optax.add_decayed_weights(config.weight_decay, mask=lambda params: decay_mask(params, config.decay_embeddings)),
+        ),
+        schedule,
+    )
