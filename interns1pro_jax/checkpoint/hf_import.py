@@ -2,7 +2,8 @@
 
 The headers are compared with the model first, so that every missing, surplus or misshapen tensor is named before anything is
 read. Then each process reads, for each of its devices, only the slices of the tensors that the device holds, converts them (FP8
-blocks are dequantised) and puts them there piece by piece: the host holds one piece of at most `host_bytes` at a time.
+blocks are dequantised) and puts them there piece by piece: the host holds one piece of at most `host_bytes` at a time, and the
+slices of the few tensors that are being converted.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import functools
 import math
 import re
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ _SCALES = ("F32", "BF16", "F8_E8M0")
 _SCALE_SUFFIX = "_scale_inv"
 _SHOWN = 20  # problems spelled out in one error
 _HOST_BYTES = 2**30
+_READERS = 16  # threads; most of their time is waiting for pages and copying, both outside the interpreter lock
 
 
 def load_model(
@@ -70,20 +73,24 @@ def load_into(state: Any, checkpoint: Checkpoint, config: ModelConfig, *, host_b
     """
     fused = any(name.endswith(".mlp.experts.gate_up_proj") for name in checkpoint)
     parameters = {parameter.path: parameter for parameter in hf_parameters(config, fused_experts=fused)}
-    flat = [(".".join(map(str, path)), variable) for path, variable in nnx.to_flat_state(state)]
-    if mismatch := set(parameters) ^ {path for path, _ in flat}:
-        raise CheckpointError(f"the name table and the model disagree about {sorted(mismatch)}; was the state made with this config?")
+    shapes = {_dotted(path): variable.get_value().shape for path, variable in nnx.to_flat_state(state)}
+    if differing := sorted(set(shapes.items()) ^ {(path, parameter.shape) for path, parameter in parameters.items()}):
+        raise CheckpointError(f"the state was not made with this config; they differ in {differing[:_SHOWN]}.")
     check_fit(checkpoint, config, list(parameters.values()))
     block = config.quantization.weight_block_size if config.quantization else WEIGHT_BLOCK
     mesh = jax.sharding.get_mesh()
-    loaded = []
-    for path, variable in flat:
-        parameter, like = parameters[path], variable.get_value()
-        if like.shape != parameter.shape:
-            raise CheckpointError(f"{path} has shape {like.shape} in the model, but {parameter.shape} in the name table.")
-        reader = _Reader(checkpoint, parameter, np.dtype(like.dtype), block)
-        loaded.append(variable.replace(_assemble(reader, NamedSharding(mesh, like.sharding.spec), host_bytes)))
-    return nnx.from_flat_state([(path, variable) for (path, _), variable in zip(nnx.to_flat_state(state), loaded, strict=True)])
+    with ThreadPoolExecutor(_READERS) as pool:
+
+        def load(path: tuple[Any, ...], variable: nnx.Variable) -> nnx.Variable:
+            like = variable.get_value()
+            reader = _Reader(checkpoint, parameters[_dotted(path)], np.dtype(like.dtype), block, pool)
+            return variable.replace(_assemble(reader, NamedSharding(mesh, like.sharding.spec), host_bytes))
+
+        return nnx.map_state(load, state)
+
+
+def _dotted(path: Sequence[Any]) -> str:
+    return ".".join(map(str, path))
 
 
 def _assemble(reader: _Reader, sharding: NamedSharding, host_bytes: int) -> jax.Array:
@@ -91,7 +98,7 @@ def _assemble(reader: _Reader, sharding: NamedSharding, host_bytes: int) -> jax.
     shape = reader.parameter.shape
     holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
-        box = tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+        box = tuple(part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True))
         holders.setdefault(box, []).append(device)
     shards: dict[jax.Device, jax.Array] = {}
     for box, devices in holders.items():
@@ -146,22 +153,25 @@ class _Reader:
     parameter: HfParameter
     dtype: np.dtype
     block: tuple[int, int]
+    pool: ThreadPoolExecutor
 
     def read(self, box: Sequence[slice]) -> np.ndarray:
         """The part `box` of the parameter; touches only the bytes of the tensors that it needs."""
         result = np.empty([part.stop - part.start for part in box], self.dtype)
-        stacked = len(self.parameter.stack)
-        layout = self.parameter.layout
+        stacked, layout = len(self.parameter.stack), self.parameter.layout
         width = layout.shape[-1]
-        for position, number, name in self.parameter.tensors(box[:stacked]):
+
+        def fill(tensor: tuple[tuple[int, ...], int, str]) -> None:
+            position, number, name = tensor
             begin, end = max(box[-1].start, number * width), min(box[-1].stop, (number + 1) * width)
             if begin >= end:
-                continue
-            where = [*box[stacked:-1], slice(begin - number * width, end - number * width)]
-            stored, piece_layout, rest = layout.restrict(where)
-            target = tuple(p - part.start for p, part in zip(position, box, strict=False))
-            columns = slice(begin - box[-1].start, end - box[-1].start)
-            result[(*target, ..., columns)] = piece_layout.apply(self._values(name, stored))[rest]
+                return
+            stored, part_layout, rest = layout.restrict([*box[stacked:-1], slice(begin - number * width, end - number * width)])
+            at = tuple(p - part.start for p, part in zip(position, box, strict=False))
+            result[(*at, ..., slice(begin - box[-1].start, end - box[-1].start))] = part_layout.apply(self._values(name, stored))[rest]
+
+        for _ in self.pool.map(fill, self.parameter.tensors(box[:stacked])):
+            pass
         return result
 
     def _values(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
@@ -174,7 +184,7 @@ class _Reader:
         scale = self.checkpoint.read(scale_name, (*index[:-2], *blocks)).astype(np.float32)
         if not (np.isfinite(scale).all() and (scale >= 0).all()):
             raise CheckpointError(
-                f"{self.checkpoint.path(scale_name)}: scales of {scale_name!r} are not all finite and positive; it is damaged."
+                f"{self.checkpoint.path(scale_name)}: {scale_name!r} has scales that are negative or not finite; it is damaged."
             )
         first = (rows.start % self.block[0], columns.start % self.block[1])
         return dequantize_box(values, scale, first, self.block, self.dtype)
@@ -186,33 +196,25 @@ def check_fit(checkpoint: Checkpoint, config: ModelConfig, parameters: Sequence[
     Raises:
       CheckpointError: names every missing, surplus or misshapen tensor, wrong dtype, and missing or misshapen scale.
     """
+    shapes = {name: parameter.layout.stored_shape for parameter in parameters for _, _, name in parameter.tensors()}
+    scales = {name + _SCALE_SUFFIX for name in shapes if name in checkpoint and checkpoint[name].dtype == _FP8}
+    missing = [name for name in shapes if name not in checkpoint]
+    surplus = [name for name in checkpoint if name not in shapes and name not in scales]
     problems: list[str] = []
-    expected: set[str] = set()
-    missing: list[str] = []
-    for parameter in parameters:
-        for _, _, name in parameter.tensors():
-            expected.add(name)
-            if name not in checkpoint:
-                missing.append(name)
-                continue
-            info = checkpoint[name]
-            if info.shape != parameter.layout.stored_shape:
-                problems.append(f"{name} has shape {list(info.shape)}, but the config asks for {list(parameter.layout.stored_shape)}")
-            if info.dtype == _FP8:
-                expected.add(name + _SCALE_SUFFIX)
-                problems += _scale_problems(checkpoint, config, name)
-            elif info.dtype not in _FLOATS:
-                problems.append(f"{name} is stored as {info.dtype}, but weights must be {', '.join(_FLOATS)} or {_FP8}")
-    surplus = [name for name in checkpoint if name not in expected and not _is_redundant(checkpoint, config, name)]
     for key, tower, prefix in (("vision_config", config.vision, "model.visual."), ("ts_config", config.time_series, "model.time_series.")):
-        if tower is None and (extra := [name for name in surplus if name.startswith(prefix)]):
-            problems.append(f"{len(extra)} tensors {prefix}* belong to a tower that the config lacks; add {key} to it")
+        inside = sum(name.startswith(prefix) for name in checkpoint)
+        if tower is None and inside:
+            problems.append(f"{inside} tensors {prefix}* are surplus: the config has no {key}; add it, or remove them")
             surplus = [name for name in surplus if not name.startswith(prefix)]
-        if tower is not None and not any(name.startswith(prefix) for name in checkpoint):
-            problems.append(f"all tensors {prefix}* are missing; remove {key} from the config, or fetch them")
+        if tower is not None and not inside:
+            problems.append(f"all tensors {prefix}* are missing, but the config has a {key}; remove it, or fetch them")
             missing = [name for name in missing if not name.startswith(prefix)]
     problems += [f"{name} is missing" for name in missing]
-    problems += [f"{name} is surplus: the model has no such parameter" for name in surplus]
+    for name in surplus:
+        problems += _surplus_problems(checkpoint, config, name)
+    for name, shape in shapes.items():
+        if name in checkpoint:
+            problems += _tensor_problems(checkpoint, config, name, shape)
     if problems:
         more = f"\n  ... and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise CheckpointError(
@@ -221,55 +223,55 @@ def check_fit(checkpoint: Checkpoint, config: ModelConfig, parameters: Sequence[
         )
 
 
+def _tensor_problems(checkpoint: Checkpoint, config: ModelConfig, name: str, shape: tuple[int, ...]) -> Iterator[str]:
+    info = checkpoint[name]
+    if info.shape != shape:
+        yield f"{name} has shape {list(info.shape)}, but the config asks for {list(shape)}"
+    elif info.dtype == _FP8:
+        yield from _scale_problems(checkpoint, config, name)
+    elif info.dtype not in _FLOATS:
+        yield f"{name} is stored as {info.dtype}, but weights must be {', '.join(_FLOATS)} or {_FP8}"
+
+
 def _scale_problems(checkpoint: Checkpoint, config: ModelConfig, name: str) -> Iterator[str]:
+    """What is wrong with the scales of an FP8 tensor [..., R, C]: they are [..., ceil(R / rows), ceil(C / columns)]."""
+    scale, shape = name + _SCALE_SUFFIX, checkpoint[name].shape
     if config.quantization is None:
         yield f"{name} is stored as {_FP8}, but the config has no quantization_config"
-        return
-    shape = checkpoint[name].shape
-    if len(shape) < 2:
+    elif len(shape) < 2:
         yield f"{name} is stored as {_FP8}, but only matrices may be"
-        return
-    block = config.quantization.weight_block_size
-    wanted = (*shape[:-2], *(-(-size // step) for size, step in zip(shape[-2:], block, strict=True)))
-    scale = name + _SCALE_SUFFIX
-    if scale not in checkpoint:
+    elif scale not in checkpoint:
         yield f"{scale} is missing: {name} is stored as {_FP8} and needs it"
     elif checkpoint[scale].dtype not in _SCALES:
         yield f"{scale} is stored as {checkpoint[scale].dtype}, but scales must be {', '.join(_SCALES)}"
-    elif checkpoint[scale].shape != wanted:
-        yield f"{scale} has shape {list(checkpoint[scale].shape)}, but blocks of {list(block)} in {list(shape)} ask for {list(wanted)}"
+    else:
+        block = config.quantization.weight_block_size
+        wanted = (*shape[:-2], *(-(-size // step) for size, step in zip(shape[-2:], block, strict=True)))
+        if checkpoint[scale].shape != wanted:
+            yield f"{scale} has shape {list(checkpoint[scale].shape)}, but blocks of {list(block)} in {list(shape)} ask for {list(wanted)}"
 
 
-def _is_redundant(checkpoint: Checkpoint, config: ModelConfig, name: str) -> bool:
-    """Whether a tensor without a parameter holds what the model knows anyway (spec 4.2, 8, 9.7).
-
-    Raises:
-      CheckpointError: it holds something else.
-    """
+def _surplus_problems(checkpoint: Checkpoint, config: ModelConfig, name: str) -> Iterator[str]:
+    """Tensors without a parameter are wrong, except where they hold what the model knows anyway (spec 4.2, 8, 9.7)."""
     if name.endswith("rotary_emb.inv_freq"):
-        return True
-    if config.time_series is None:
-        return False
-    if name == "model.time_series.encoder_embed.pos_encoder.pe":
-        _check_sinusoids(checkpoint, name, config.time_series.PATCH_WIDTH)
-        return True
-    if re.fullmatch(r"model\.time_series\.encoder\.layers\.\d+\.self_attn\.k_proj\.bias", name):
+        return
+    if name == "model.time_series.encoder_embed.pos_encoder.pe" and config.time_series is not None:
+        if not _is_sinusoidal(checkpoint.read(name), config.time_series.PATCH_WIDTH):
+            yield f"{name} is not the sinusoidal table of this architecture, [rows, 1, {config.time_series.PATCH_WIDTH}]"
+    elif re.fullmatch(r"model\.time_series\.encoder\.layers\.\d+\.self_attn\.k_proj\.bias", name):
         if np.any(checkpoint.read(name) != 0):
-            raise CheckpointError(f"{checkpoint.path(name)}: {name!r} is not zero, but this architecture has no bias on keys.")
-        return True
-    return False
+            yield f"{name} is not zero, but this architecture has no bias on keys"
+    else:
+        yield f"{name} is surplus: the model has no such parameter"
 
 
-def _check_sinusoids(checkpoint: Checkpoint, name: str, width: int) -> None:
-    """Raises `CheckpointError` where the stored positional table [rows, 1, width] is not the formula's of spec 4.2."""
-    shape = checkpoint[name].shape
-    if len(shape) != 3 or shape[1:] != (1, width):
-        raise CheckpointError(f"{checkpoint.path(name)}: {name!r} has shape {list(shape)}, but must be [rows, 1, {width}].")
-    stored = checkpoint.read(name)[:, 0].astype(np.float32)
-    position = np.arange(shape[0])[:, None]
-    phase = position * 10000.0 ** (-np.arange(0, width, 2) / width)
-    expected = np.stack([np.sin(phase), np.cos(phase)], -1).reshape(shape[0], width)
-    # A table computed in float32 is off by the rounding of its phase; one stored in bfloat16 by that of its values.
-    tolerance = 1e-5 + position * 2.0**-21 + (2.0**-8 if checkpoint[name].dtype != "F32" else 0)
-    if not np.all(np.abs(stored - expected) <= tolerance):
-        raise CheckpointError(f"{checkpoint.path(name)}: {name!r} is not the sinusoidal table of this architecture; it is damaged.")
+def _is_sinusoidal(table: np.ndarray, width: int) -> bool:
+    """Whether [rows, 1, width] holds sin and cos of `row * 10000^(-2i/width)`, interleaved, to the accuracy of its dtype."""
+    if table.ndim != 3 or table.shape[1:] != (1, width):
+        return False
+    row = np.arange(table.shape[0])[:, None]
+    phase = row * 10000.0 ** (-np.arange(0, width, 2) / width)
+    expected = np.stack([np.sin(phase), np.cos(phase)], -1).reshape(-1, width)
+    # Made in float32, the table is off by the rounding of its phases; stored in 16 bits, by that of its values.
+    tolerance = 1e-5 + row * 2.0**-21 + (2.0**-8 if table.dtype.itemsize < 4 else 0)
+    return bool(np.all(np.abs(table[:, 0].astype(np.float64) - expected) <= tolerance))

@@ -1,7 +1,7 @@
 """Reading safetensors files: single ones and the sharded layout with an index.
 
 The format is 8 bytes of header length, a JSON header `{name: {dtype, shape, data_offsets}}`, then the values, little-endian and
-row-major. Files are memory-mapped, so that reading a slice of a tensor touches the pages of that slice only.
+row-major. Files are memory-mapped, so that reading a slice of a tensor reads the pages of that slice only.
 """
 
 from __future__ import annotations
@@ -87,10 +87,14 @@ class SafetensorsFile(Mapping[str, TensorInfo]):
         return len(self._infos)
 
     def read(self, name: str, index: Sequence[slice] | None = None) -> np.ndarray:
-        """A read-only view of tensor `name`, or of the slices `index` of it; bytes are read when the view is."""
+        """A copy of tensor `name`, or of the slices `index` of it. Of the file, only their pages are read, and none stays resident."""
         info = self._infos[name]
         values = np.frombuffer(self._bytes, DTYPES[info.dtype], math.prod(info.shape), info.offset).reshape(info.shape)
-        return values if index is None else values[tuple(index)]
+        copy = np.array(values if index is None else values[tuple(index)], order="C")
+        if info.nbytes:
+            first_page = info.offset // mmap.PAGESIZE * mmap.PAGESIZE
+            self._bytes.madvise(mmap.MADV_DONTNEED, first_page, info.offset + info.nbytes - first_page)
+        return copy
 
     def _error(self, what: str) -> CheckpointError:
         return CheckpointError(f"{self.path} {what}.")
@@ -98,7 +102,9 @@ class SafetensorsFile(Mapping[str, TensorInfo]):
     def _parse(self, header: bytes, start: int, size: int) -> dict[str, TensorInfo]:
         try:
             content = json.loads(header, object_pairs_hook=self._unique)
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except CheckpointError:
+            raise
+        except (ValueError, RecursionError) as error:
             raise self._error(f"has a header that is not JSON ({error}); it is no safetensors file, or damaged") from error
         if not isinstance(content, dict):
             raise self._error("has a header that is not a JSON object; it is no safetensors file, or damaged")
@@ -121,7 +127,7 @@ class SafetensorsFile(Mapping[str, TensorInfo]):
         if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= set(entry):
             raise self._error(f"is damaged: tensor {name!r} needs dtype, shape and data_offsets, but its entry is {entry!r}")
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if dtype not in DTYPES:
+        if not isinstance(dtype, str) or dtype not in DTYPES:
             raise self._error(f"stores tensor {name!r} as {dtype!r}, which is not supported; known are {', '.join(DTYPES)}")
         if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
             raise self._error(f"is damaged: tensor {name!r} has shape {shape!r} and data_offsets {offsets!r}")
@@ -171,7 +177,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
         return len(self._files)
 
     def read(self, name: str, index: Sequence[slice] | None = None) -> np.ndarray:
-        """A read-only view of tensor `name`, or of the slices `index` of it; bytes are read when the view is."""
+        """A copy of tensor `name`, or of the slices `index` of it; only their pages are read."""
         return self._files[name].read(name, index)
 
     def path(self, name: str) -> Path:
@@ -217,7 +223,7 @@ def _weight_map(index: Path) -> dict[str, str]:
         where = content["weight_map"]
         if not isinstance(where, dict) or not where:
             raise TypeError("weight_map is no object, or empty")
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
         raise CheckpointError(f"{index} is no valid index ({error}); it needs an object weight_map of tensor names to files.") from error
     for name, file in where.items():
         if not isinstance(file, str) or Path(file).name != file:

@@ -29,7 +29,7 @@ def quantize_blocks(
     Returns:
       float8_e4m3fn values of the same shape, and float32 scales [..., ceil(R / rows), ceil(C / columns)].
     """
-    shape = values.shape[-2:]
+    shape = (values.shape[-2], values.shape[-1])
     rows, columns = (-(-size // step) for size, step in zip(shape, block, strict=True))
     padding = [(0, count * step - size) for count, step, size in zip((rows, columns), block, shape, strict=True)]
     magnitude = jnp.pad(jnp.abs(values.astype(jnp.float32)), [(0, 0)] * (values.ndim - 2) + padding)
@@ -46,7 +46,8 @@ def dequantize_blocks(
     dtype: str | jnp.dtype = jnp.float32,
 ) -> Float[Array, "*lead R C"]:
     """`values * scale` block by block, multiplied in float32 and rounded once to `dtype`."""
-    return (values.astype(jnp.float32) * _expand(scale.astype(jnp.float32), block, values.shape[-2:])).astype(dtype)
+    factor = _expand(scale.astype(jnp.float32), block, (values.shape[-2], values.shape[-1]))
+    return (values.astype(jnp.float32) * factor).astype(dtype)
 
 
 def quantize_activations(x: Float[Array, "*lead C"], width: int = 128) -> tuple[Float[Array, "*lead C"], Float[Array, "*lead c"]]:
@@ -75,13 +76,12 @@ def dequantize_box(values: np.ndarray, scale: np.ndarray, first: tuple[int, int]
       first: row and column of the box's first element within the first of these blocks.
       block: rows and columns of a block.
     """
-    rows, columns = ((start + np.arange(size)) // step for start, size, step in zip(first, values.shape[-2:], block, strict=True))
     result = np.empty(values.shape, dtype)
-    scale = scale.astype(np.float32)
+    columns = (first[1] + np.arange(values.shape[-1])) // block[1]
     for row in range(scale.shape[-2]):  # one row of blocks at a time bounds the float32 intermediates
-        part = rows == row
-        numbers = _E4M3_VALUES[np.ascontiguousarray(values[..., part, :]).view(np.uint8)]
-        result[..., part, :] = numbers * scale[..., row, None, :][..., columns]
+        part = slice(max(row * block[0] - first[0], 0), (row + 1) * block[0] - first[0])
+        factor = scale[..., row, None, :].astype(np.float32)[..., columns]
+        result[..., part, :] = _E4M3_VALUES[values[..., part, :].view(np.uint8)] * factor
     return result
 
 
