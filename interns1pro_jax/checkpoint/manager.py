@@ -108,11 +108,9 @@ class CheckpointManager:
             raise self._failure(error) from error
 
     def check(self) -> None:
-        """Raises `CheckpointError` if a save in the background has failed; does not wait."""
-        try:
-            self._orbax.check_for_errors()
-        except Exception as error:
-            raise self._failure(error) from error
+        """Raises `CheckpointError` if a save in the background has failed; does not wait for one that is going on."""
+        if not self._orbax.is_saving_in_progress():
+            self.wait()
 
     def wait(self) -> None:
         """Waits until the last save is complete.
@@ -143,19 +141,23 @@ class CheckpointManager:
             raise CheckpointError(f"{self.directory} has no checkpoint of step {step}; it has {sorted(steps) or 'none'}.")
         where = self.directory / f"{step:08d}"
         wanted = _named_leaves(abstract)
-        try:
-            manifest = self._orbax.restore(step, args=ocp.args.Composite(**{_MANIFEST: ocp.args.JsonRestore()}))[_MANIFEST]
-            self._compare_identity(where, manifest["identity"])
-            self._compare_arrays(where, manifest["arrays"], _describe(wanted))
-            args = ocp.args.PyTreeRestore(wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted))
-            found = self._orbax.restore(step, args=ocp.args.Composite(**{_STATE: args}))[_STATE]
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(
-                f"{where} cannot be read ({_first_line(error)}); its files are damaged. Move it away to continue from the "
-                f"checkpoint before it (here: {sorted(set(steps) - {step}) or 'none'})."
-            ) from error
+        manifest = self._read(step, _MANIFEST, ocp.args.JsonRestore())
+        self._compare_identity(where, manifest["identity"])
+        self._compare_arrays(where, manifest["arrays"], _describe(wanted))
+        args = ocp.args.PyTreeRestore(wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted))
+        found = self._read(step, _STATE, args)
         leaves = [found[name] for name in wanted]
         return Restored(jax.tree.unflatten(jax.tree.structure(abstract), leaves), step, manifest["extras"])
+
+    def _read(self, step: int, item: str, args: ocp.args.CheckpointArgs) -> Any:
+        try:
+            return self._orbax.restore(step, args=ocp.args.Composite(**{item: args}))[item]
+        except Exception as error:  # Orbax raises bare `Exception` for damaged arrays
+            others = sorted(set(self._orbax.all_steps()) - {step})
+            raise CheckpointError(
+                f"{self.directory / f'{step:08d}'} cannot be read ({_reason(error)}). If its files are damaged, move it away to continue "
+                f"from an earlier checkpoint (here: {others or 'none'})."
+            ) from error
 
     def close(self) -> None:
         """Waits for the last save and lets go of the directory.
@@ -185,10 +187,11 @@ class CheckpointManager:
 
     def _failure(self, error: Exception) -> CheckpointError:
         """What a failed save means for the user."""
-        free = shutil.disk_usage(self.directory).free if self.directory.is_dir() else 0
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-        reason = f"no space left ({free:,} bytes are free)" if full else _first_line(error)
-        remedy = "Free some space or keep fewer checkpoints" if full else "Make the directory writable"
+        reason, remedy = _reason(error), "Put that right"
+        if full:
+            reason = f"no space left, {shutil.disk_usage(self.directory).free:,} bytes are free"
+            remedy = "Free some space or keep fewer checkpoints"
         self._orbax.reload()
         if jax.process_index() == 0:
             self._sweep()
@@ -200,9 +203,8 @@ class CheckpointManager:
 
     def _compare_identity(self, where: Path, saved: Mapping[str, Any]) -> None:
         old, new = _flatten(saved), _flatten(self._identity)
-        changed = [
-            f"{k}: saved {old.get(k, 'nothing')!r}, now {new.get(k, 'nothing')!r}" for k in sorted(old | new) if old.get(k) != new.get(k)
-        ]
+        differing = sorted(key for key in old | new if old.get(key) != new.get(key))
+        changed = [f"{key}: saved {old.get(key, 'nothing')!r}, now {new.get(key, 'nothing')!r}" for key in differing]
         if changed:
             raise CheckpointError(
                 f"{where} was saved by a run with another configuration ({_list(changed)}). Set these back to continue it, or choose "
@@ -211,10 +213,9 @@ class CheckpointManager:
 
     @staticmethod
     def _compare_arrays(where: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-        problems = [f"{k} is missing there" for k in wanted if k not in saved] + [
-            f"{k} is not in this run" for k in saved if k not in wanted
-        ]
-        problems += [f"{k}: saved {saved[k]}, now {wanted[k]}" for k in wanted if k in saved and saved[k] != wanted[k]]
+        problems = [f"{name} is missing there" for name in wanted if name not in saved]
+        problems += [f"{name} is not in this run" for name in saved if name not in wanted]
+        problems += [f"{name}: saved {saved[name]}, now {x}" for name, x in wanted.items() if name in saved and saved[name] != x]
         if problems:
             raise CheckpointError(
                 f"{where} does not fit this model and optimizer ({_list(problems)}). Continue with the code and configuration that "
@@ -261,5 +262,8 @@ def _list(items: list[str]) -> str:
     return "; ".join(items[:_LISTED]) + (f"; and {more} more" if more > 0 else "")
 
 
-def _first_line(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
+    """The first line of what started a chain of exceptions."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     return (str(error).splitlines() or [type(error).__name__])[0][:300]

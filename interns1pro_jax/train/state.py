@@ -34,7 +34,7 @@ class TrainState:
     params: nnx.State
     buffers: nnx.State
     opt_state: optax.OptState
-    tokens_seen: UInt[Array, "words"]
+    tokens_seen: UInt[Array, " words"]
     skipped: Int[Array, ""]
 
 
@@ -51,7 +51,7 @@ def init_state(model: nnx.Module, optimizer: Optimizer) -> tuple[nnx.GraphDef, T
     )
 
 
-def add_tokens(tokens_seen: UInt[Array, "words"], tokens: Array) -> UInt[Array, "words"]:
+def add_tokens(tokens_seen: UInt[Array, " words"], tokens: Array) -> UInt[Array, " words"]:
     """Adds a batch's number of tokens (below 2**32) to the 64-bit counter; for use inside jit."""
     low = tokens_seen[0] + tokens.astype(jnp.uint32)
     return jnp.stack([low, tokens_seen[1] + (low < tokens_seen[0])])
