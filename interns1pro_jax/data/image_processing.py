@@ -1,0 +1,81 @@
+"""Images at native resolution: sizes in whole merge blocks, patches in merge order (spec 5.1)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image
+
+from interns1pro_jax.config import VisionConfig
+from interns1pro_jax.models.vision_inputs import VisionItem
+
+_MAX_ASPECT = 200
+
+
+@dataclasses.dataclass(frozen=True)
+class PixelBounds:
+    """Smallest and largest area of an image after resizing, in pixels. The defaults are the released processor's."""
+
+    smallest: int = 65536
+    largest: int = 16777216
+
+
+def smart_resize(height: int, width: int, factor: int, bounds: PixelBounds) -> tuple[int, int]:
+    """The size nearest to `height` x `width` whose sides are multiples of `factor` and whose area lies within `bounds`.
+
+    Sides are rounded half to even. The aspect ratio is kept as far as whole multiples allow.
+
+    Raises:
+      ValueError: an empty image, or one whose sides differ by more than a factor of 200.
+    """
+    if min(height, width) < 1:
+        raise ValueError(f"an image of {height} x {width} pixels is empty.")
+    if max(height, width) > _MAX_ASPECT * min(height, width):
+        raise ValueError(f"an image of {height} x {width} pixels has an aspect ratio above {_MAX_ASPECT}; crop it.")
+    new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
+    if new_height * new_width > bounds.largest:
+        shrink = math.sqrt(height * width / bounds.largest)
+        new_height, new_width = (max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width))
+    elif new_height * new_width < bounds.smallest:
+        grow = math.sqrt(bounds.smallest / (height * width))
+        new_height, new_width = (math.ceil(side * grow / factor) * factor for side in (height, width))
+    return new_height, new_width
+
+
+def to_rgb(image: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
+    """The pixels of an image file: grey is replicated, alpha dropped."""
+    return np.asarray(image.convert("RGB"))
+
+
+def grid_of(height: int, width: int, config: VisionConfig, bounds: PixelBounds) -> tuple[int, int, int]:
+    """Patches (frames, rows, columns) that an image of this size becomes; see `image_item`."""
+    height, width = smart_resize(height, width, config.patch_size * config.spatial_merge_size, bounds)
+    return 1, height // config.patch_size, width // config.patch_size
+
+
+def image_item(pixels: UInt8[np.ndarray, "height width 3"], config: VisionConfig, bounds: PixelBounds) -> VisionItem:
+    """Resizes an image (bicubic, antialiased, rounded to whole grey levels) and cuts it into the patches of the vision tower.
+
+    Raises:
+      ValueError: as `smart_resize`.
+    """
+    grid = grid_of(pixels.shape[0], pixels.shape[1], config, bounds)
+    height, width = (count * config.patch_size for count in grid[1:])
+    if (height, width) != pixels.shape[:2]:
+        pixels = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
+    return VisionItem(patches_of(pixels, config), grid)
+
+
+def patches_of(pixels: UInt8[np.ndarray, "height width 3"], config: VisionConfig) -> Float[np.ndarray, "patches patch_dim"]:
+    """Normalised patches of an image of fitting size, merge block after merge block; a still image fills every frame of a patch."""
+    side, merge = config.patch_size, config.spatial_merge_size
+    height, width, channels = pixels.shape
+    rows, columns = height // (side * merge), width // (side * merge)
+    x = (pixels.astype(np.float32) - np.float32(127.5)) / np.float32(127.5)
+    x = x.reshape(rows, merge, side, columns, merge, side, channels)
+    x = x.transpose(0, 3, 1, 4, 6, 2, 5)  # row, column, row and column in the block, channel, y, x
+    frames = (rows, columns, merge, merge, channels, config.temporal_patch_size, side, side)
+    return np.broadcast_to(x[:, :, :, :, :, None], frames).reshape(rows * columns * merge**2, config.patch_dim)
