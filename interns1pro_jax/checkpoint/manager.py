@@ -136,9 +136,11 @@ class CheckpointManager:
             dtypes, or its files are damaged.
         """
         steps = self._orbax.all_steps()
-        step = self.latest_step if step is None else step
+        step = max(steps, default=-1) if step is None else step
         if step not in steps:
-            raise CheckpointError(f"{self.directory} has no checkpoint of step {step}; it has {sorted(steps) or 'none'}.")
+            raise CheckpointError(
+                f"{self.directory} has no checkpoint{f' of step {step}' if step >= 0 else ''}; it has {sorted(steps) or 'none'}."
+            )
         where = self.directory / f"{step:08d}"
         wanted = _named_leaves(abstract)
         manifest = self._read(step, _MANIFEST, ocp.args.JsonRestore())

@@ -100,8 +100,8 @@ class Optimizer:
         directions, new_opt_state = self.transform.update(grads, opt_state, params)
         new_params = jax.tree.map(lambda p, d: (p.astype(jnp.float32) - learning_rate * d).astype(p.dtype), params, directions)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (new_params, new_opt_state), (params, opt_state))
-        return Update(*kept, grad_norm=grad_norm, learning_rate=learning_rate, finite=finite)
+        params, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (new_params, new_opt_state), (params, opt_state))
+        return Update(params, opt_state, grad_norm, learning_rate, finite)
 
 
 def decay_mask(params: nnx.State, embeddings: bool = False) -> nnx.State:
@@ -112,7 +112,7 @@ def decay_mask(params: nnx.State, embeddings: bool = False) -> nnx.State:
     """
 
     def decayed(path: tuple[Any, ...], _: nnx.Variable) -> bool:
-        *words, _ = str(path[-1].key).split("_")
+        words = str(path[-1].key).split("_")
         return _VECTORS.isdisjoint(words) and (embeddings or _TABLES.isdisjoint(words))
 
     return jax.tree_util.tree_map_with_path(decayed, params, is_leaf=lambda x: isinstance(x, nnx.Variable))

@@ -1,0 +1,1 @@
+"""Training: state, step, loop, metrics and the report at the end."""

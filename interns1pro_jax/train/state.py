@@ -40,8 +40,8 @@ class TrainState:
 
 def init_state(model: nnx.Module, optimizer: Optimizer) -> tuple[nnx.GraphDef, TrainState]:
     """State at step 0, and the static structure that `nnx.merge(graphdef, state.params, state.buffers)` needs."""
-    graphdef, params, buffers = nnx.split(model, nnx.Param, ...)
-    return graphdef, TrainState(
+    params, buffers = nnx.state(model, nnx.Param, ...)
+    return nnx.graphdef(model), TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         buffers=buffers,

@@ -105,9 +105,9 @@ def test_another_configuration_is_named(tmp_path, mesh):
     state = {"x": jnp.arange(3)}
     with CheckpointManager(tmp_path, {"model": {"text": {"hidden_size": 64, "layers": (1, 2)}}, "seed": 0}) as manager:
         manager.save(1, state)
-    with CheckpointManager(tmp_path, {"model": {"text": {"hidden_size": 32, "layers": (1, 2)}}, "data": "ab"}) as manager:
-        with pytest.raises(CheckpointError) as error:
-            manager.restore(state)
+    changed = {"model": {"text": {"hidden_size": 32, "layers": (1, 2)}}, "data": "ab"}
+    with CheckpointManager(tmp_path, changed) as manager, pytest.raises(CheckpointError) as error:
+        manager.restore(state)
     assert "model.text.hidden_size: saved 64, now 32" in str(error.value)
     assert "data: saved 'nothing', now 'ab'" in str(error.value) and "seed: saved 0" in str(error.value)
     assert "layers" not in str(error.value)

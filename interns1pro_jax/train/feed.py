@@ -1,0 +1,87 @@
+"""Batches from the host to the mesh, prepared by a thread while the devices compute."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from interns1pro_jax import sharding
+
+
+class Batches(Protocol):
+    """All batches of a run by number. A batch is a pytree of NumPy arrays and the same whenever and wherever it is asked for."""
+
+    def __getitem__(self, step: int, /) -> Any: ...
+
+
+def place_batch(batch: Any) -> Any:
+    """Puts each array of a batch on the mesh in force, split along its first axis; each process puts the part of its devices.
+
+    Raises:
+      ConfigError: a first axis does not divide over the mesh.
+    """
+    mesh = jax.sharding.get_mesh()
+
+    def put(x: np.ndarray) -> jax.Array:
+        dims = ("batch", *(None,) * (np.ndim(x) - 1)) if np.ndim(x) else ()
+        sharding.check_divisible("batch array", np.shape(x), dims)
+        return jax.make_array_from_callback(np.shape(x), jax.NamedSharding(mesh, sharding.spec(*dims)), lambda index: np.asarray(x)[index])
+
+    return jax.tree.map(put, batch)
+
+
+class Feed:
+    """Iterates over (step, batch on the host, batch on the mesh) in order, up to `depth` batches ahead.
+
+    An exception while a batch is made is raised where that batch was due, with a note that names it. Use as a context manager,
+    so that the thread ends with the loop.
+    """
+
+    def __init__(self, batches: Batches, steps: range, place: Callable[[Any], Any] = place_batch, depth: int = 2):
+        self._queue: queue.Queue[tuple[int, Any, Any] | BaseException | None] = queue.Queue(maxsize=depth)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(
+            target=self._produce, args=(batches, steps, place, jax.sharding.get_mesh()), name="feed", daemon=True
+        )
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[tuple[int, Any, Any]]:
+        while (item := self._queue.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    def __enter__(self) -> Feed:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closed.set()
+        self._thread.join()
+
+    def _produce(self, batches: Batches, steps: range, place: Callable[[Any], Any], mesh: jax.sharding.Mesh) -> None:
+        with jax.set_mesh(mesh):  # the mesh in force belongs to a thread
+            for step in steps:
+                try:
+                    batch = batches[step]
+                    item: tuple[int, Any, Any] | Exception = (step, batch, place(batch))
+                except Exception as error:
+                    error.add_note(f"while preparing batch {step}")
+                    item = error
+                if not self._put(item) or isinstance(item, Exception):
+                    return
+        self._put(None)
+
+    def _put(self, item: tuple[int, Any, Any] | Exception | None) -> bool:
+        """Waits for room; False if the loop has ended."""
+        while not self._closed.is_set():
+            try:
+                self._queue.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False

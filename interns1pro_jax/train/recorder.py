@@ -1,0 +1,109 @@
+"""From the metrics of a step on the device to its record in the files, without making the device wait."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from interns1pro_jax.train.metrics import ARRAYS, Writer, write_npz
+from interns1pro_jax.train.progress import Progress
+
+Metrics = Mapping[str, Any]
+
+_DUMPS = 8  # non-finite steps of a process whose batches are kept
+
+
+class NonFiniteError(RuntimeError):
+    """Loss or gradient is not finite more often than allowed; the message names step, values, and where the batch was dumped."""
+
+
+class Recorder:
+    """Fetches the metrics of a step while the next one runs, and writes them."""
+
+    def __init__(self, workdir: Path, writers: Sequence[Writer], progress: Progress, skip_nonfinite: int):
+        self._workdir, self._writers, self._progress, self._skip = workdir, writers, progress, skip_nonfinite
+        self._pending: tuple[int, Metrics, Any] | None = None
+        self._arrays: dict[str, np.ndarray] = {}
+        self._tokens_seen = self._skipped_in_a_row = self._dumped = 0
+        self._clock: float | None = None
+
+    def start(self, step: int, tokens_seen: int) -> None:
+        """Forgets what an earlier process recorded after `step`."""
+        self._tokens_seen = tokens_seen
+        for writer in self._writers:
+            writer.start(step)
+
+    def close(self) -> None:
+        for writer in self._writers:
+            writer.close()
+
+    def restart_clock(self) -> None:
+        """Leaves out of tokens/s the time that passed since the last record."""
+        self._clock = time.monotonic()
+
+    def submit(self, step: int, metrics: Metrics, batch: Any) -> None:
+        """Takes over the metrics of a step that has just begun, and writes those of the step before."""
+        for value in metrics.values():
+            value.copy_to_host_async()
+        earlier, self._pending = self._pending, (step, metrics, batch)
+        if earlier is not None:
+            self._record(*earlier)
+
+    def finish(self, evaluate: Callable[[], Mapping[str, float]] | None) -> None:
+        """Waits for the last step and writes it, with the evaluation after it, so that nothing is lost any more."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            self._record(*pending, evaluate)
+        for writer in self._writers:
+            writer.flush()
+        if self._writers and self._arrays:
+            write_npz(self._workdir / ARRAYS, self._arrays)
+
+    def _record(self, step: int, metrics: Metrics, batch: Any, evaluate: Callable[[], Mapping[str, float]] | None = None) -> None:
+        values = {name: np.asarray(value) for name, value in jax.device_get(dict(metrics)).items()}
+        now = time.monotonic()
+        self._tokens_seen += int(values["tokens"])
+        record = {name: float(value) for name, value in values.items() if value.ndim == 0} | {"tokens_seen": self._tokens_seen}
+        if self._clock is not None:
+            record["tokens_per_second"] = float(values["tokens"]) / (now - self._clock)
+        self._clock = now
+        self._arrays = {name: value for name, value in values.items() if value.ndim > 0}
+        error = None if values["finite"] else self._nonfinite(step, values, batch)
+        if error is None and evaluate is not None:
+            record |= {f"eval/{name}": float(value) for name, value in evaluate().items()}
+        for writer in self._writers:
+            writer.write(step, record)
+        self._progress.update(step, record)
+        self._skipped_in_a_row = 0 if values["finite"] else self._skipped_in_a_row
+        if error is not None:
+            raise error
+
+    def _nonfinite(self, step: int, values: Mapping[str, np.ndarray], batch: Any) -> NonFiniteError | None:
+        """Keeps the batch of a step that was not finite; an error if there have been too many in a row."""
+        self._skipped_in_a_row += 1
+        what = f"step {step}: loss={values['loss']}, gradient norm={values['grad_norm']}; the update was not applied"
+        if self._writers and self._dumped < _DUMPS:
+            self._dumped += 1
+            what += f", its batch and metrics are in {dump(self._workdir / 'dumps' / f'step_{step:08d}', batch, values)}"
+        if self._skipped_in_a_row <= self._skip:
+            self._progress.say(what)
+            return None
+        return NonFiniteError(
+            f"{what}. {self._skipped_in_a_row} such steps in a row, {self._skip} are allowed (skip_nonfinite). Look at the batch, "
+            "lower the learning rate or allow more; starting again continues from the last checkpoint."
+        )
+
+
+def dump(directory: Path, batch: Any, metrics: Mapping[str, np.ndarray]) -> Path:
+    """Writes the arrays of a host batch, and metrics, as `batch.npz` and `metrics.npz`; returns the directory."""
+    directory.mkdir(parents=True, exist_ok=True)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(batch)
+    arrays = {jax.tree_util.keystr(path, simple=True, separator="/") or "batch": np.asarray(x) for path, x in leaves}
+    for name, content in (("batch.npz", arrays), ("metrics.npz", dict(metrics))):
+        write_npz(directory / name, content)
+    return directory

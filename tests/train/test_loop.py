@@ -1,0 +1,257 @@
+"""Laws of the loop, on a step that is only arithmetic: order, resumption, interruption, and what the files say."""
+
+import dataclasses
+import io
+import json
+import os
+import signal
+import time
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from rich.console import Console
+
+from interns1pro_jax.checkpoint.manager import CheckpointError, CheckpointManager
+from interns1pro_jax.config import ConfigError
+from interns1pro_jax.sharding import make_mesh
+from interns1pro_jax.train.feed import Feed, place_batch
+from interns1pro_jax.train.loop import INTERRUPTED, Interrupted, LoopConfig, train
+from interns1pro_jax.train.metrics import read_arrays, read_records
+from interns1pro_jax.train.recorder import NonFiniteError
+from interns1pro_jax.train.state import TrainState, add_tokens, count_tokens
+
+
+def make_state() -> TrainState:
+    return TrainState(
+        step=jnp.int32(0),
+        params=nnx.State({"w": nnx.Param(jnp.ones(4))}),
+        buffers=nnx.State({}),
+        opt_state=(),
+        tokens_seen=jnp.zeros(2, jnp.uint32),
+        skipped=jnp.int32(0),
+    )
+
+
+@jax.jit
+def step_fn(state, batch):
+    """A chaotic map, so that one wrong bit or batch shows in all later losses."""
+    w = state.params["w"][...]
+    finite = jnp.isfinite(batch["x"]).all()
+    w = jnp.where(finite, 3.9 * (w % 1) * (1 - w % 1) + batch["x"].mean() * 1e-3, w)
+    loss = jnp.where(finite, w.sum(), jnp.nan)
+    metrics = dict(loss=loss, tokens=jnp.float32(10), grad_norm=loss, learning_rate=jnp.float32(0.1), finite=finite, load=w.reshape(2, 2))
+    params = nnx.State({"w": state.params["w"].replace(w)})
+    seen = add_tokens(state.tokens_seen, metrics["tokens"])
+    skipped = state.skipped + jnp.where(finite, 0, 1)
+    return dataclasses.replace(state, step=state.step + 1, params=params, tokens_seen=seen, skipped=skipped), metrics
+
+
+class Numbers:
+    """Batch n is n everywhere; chosen batches are poisoned, or do something while they are made."""
+
+    def __init__(self, poisoned=(), on=None):
+        self.asked, self.poisoned, self.on = [], poisoned, on or {}
+
+    def __getitem__(self, step):
+        self.asked.append(step)
+        self.on.get(step, lambda: None)()
+        return {"x": np.full((8, 2), np.nan if step in self.poisoned else step, np.float32)}
+
+
+def run(workdir, steps=10, batches=None, identity=None, step=step_fn, output=None, evaluate=None, **config):
+    console = Console(file=output or io.StringIO(), force_terminal=False)
+    with CheckpointManager(workdir / "checkpoints", identity or {}) as checkpoints:
+        config = LoopConfig(steps=steps, **{"checkpoint_every": 4, "log_every": 5, **config})
+        return train(
+            make_state(), step, batches or Numbers(), config, workdir=workdir, checkpoints=checkpoints, evaluate=evaluate, console=console
+        )
+
+
+def losses(workdir):
+    return [(record["step"], record["loss"], record["tokens_seen"]) for record in read_records(workdir)]
+
+
+@pytest.fixture(autouse=True)
+def _mesh(mesh):
+    yield
+
+
+def test_every_step_is_done_once_in_order(tmp_path):
+    batches = Numbers()
+    state = run(tmp_path, batches=batches)
+    assert batches.asked == list(range(10))
+    assert int(state.step) == 10 and count_tokens(state) == 100
+    assert [(step, seen) for step, _, seen in losses(tmp_path)] == [(n, 10 * n) for n in range(1, 11)]
+    expected = make_state()
+    for n in range(10):
+        expected, metrics = step_fn(expected, Numbers()[n])
+    np.testing.assert_array_equal(read_arrays(tmp_path)["load"], metrics["load"])
+    np.testing.assert_array_equal(state.params["w"][...], expected.params["w"][...])
+
+
+@pytest.mark.parametrize("fails_at", [1, 4, 5, 7, 8, 9])
+def test_a_failed_run_continues_as_if_nothing_had_happened(tmp_path, fails_at):
+    def fail():
+        raise OSError("the disk with the data is gone")
+
+    run(tmp_path / "whole")
+    with pytest.raises(OSError, match="the disk with the data is gone") as error:
+        run(tmp_path / "broken", batches=Numbers(on={fails_at: fail}))
+    assert error.value.__notes__ == [f"while preparing batch {fails_at}"]
+    output = io.StringIO()
+    run(tmp_path / "broken", output=output)
+    assert ("continuing from the checkpoint of step" in output.getvalue()) == (fails_at >= 4)
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+
+
+def test_a_line_cut_short_and_records_without_checkpoint_are_forgotten(tmp_path):
+    run(tmp_path, steps=5)
+    expected = losses(tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "loss": 1.0, "tokens_seen": 60}\n{"step": 7, "lo')
+    run(tmp_path, steps=5)
+    assert losses(tmp_path) == expected
+    run(tmp_path, steps=6)
+    assert [step for step, *_ in losses(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends_with_its_own_code(tmp_path, number):
+    run(tmp_path / "whole")
+    output, handlers = io.StringIO(), [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+
+    def step(state, batch):
+        if int(state.step) == 5:
+            os.kill(os.getpid(), number)
+        return step_fn(state, batch)
+
+    with pytest.raises(Interrupted) as error:
+        run(tmp_path / "broken", step=step, output=output)
+    assert error.value.code == INTERRUPTED
+    assert f"stopped by {number.name}; step 6 is saved in" in output.getvalue() and "start again to continue" in output.getvalue()
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert len(losses(tmp_path / "broken")) == 6
+    run(tmp_path / "broken")
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+
+
+def test_a_signal_in_the_last_step_changes_nothing(tmp_path):
+    def step(state, batch):
+        if int(state.step) == 9:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step_fn(state, batch)
+
+    assert int(run(tmp_path, step=step).step) == 10
+
+
+def test_a_finished_run_stays_as_it_is(tmp_path):
+    run(tmp_path)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    assert int(run(tmp_path, batches=(batches := Numbers())).step) == 10
+    assert batches.asked == [] and (tmp_path / "metrics.jsonl").read_bytes() == before
+    with pytest.raises(ConfigError, match="is of step 10, but steps=7"):
+        run(tmp_path, steps=7)
+
+
+def test_evaluations_stand_in_the_record_of_their_step(tmp_path):
+    seen = []
+
+    def evaluate(state):
+        seen.append(int(state.step))
+        return {"loss": seen[-1] / 2}
+
+    output = io.StringIO()
+    run(tmp_path, steps=7, evaluate=evaluate, evaluate_every=3, output=output)
+    assert seen == [3, 6, 7]
+    assert {r["step"]: r["eval/loss"] for r in read_records(tmp_path) if "eval/loss" in r} == {3: 1.5, 6: 3.0, 7: 3.5}
+    lines = output.getvalue().splitlines()
+    assert [line.split()[1] for line in lines] == ["3/7", "5/7", "6/7", "7/7"]
+    assert lines[0].endswith("eval/loss 1.5000") and "tokens/s" in lines[1] and "left" in lines[1] and "\x1b" not in output.getvalue()
+
+
+@pytest.mark.parametrize("seconds, expected", [(1e-9, [1, 2, 3]), (1e9, [3])])
+def test_saves_by_the_clock(tmp_path, monkeypatch, seconds, expected):
+    saved = []
+    save = CheckpointManager.save
+    monkeypatch.setattr(CheckpointManager, "save", lambda self, step, state: saved.append(step) or save(self, step, state))
+    run(tmp_path, steps=3, checkpoint_every=None, checkpoint_seconds=seconds)
+    assert saved == expected
+
+
+def test_a_nonfinite_step_stops_the_run_and_keeps_its_batch(tmp_path):
+    output = io.StringIO()
+    with pytest.raises(NonFiniteError) as error:
+        run(tmp_path, batches=Numbers(poisoned=[6]), output=output)
+    dumped = tmp_path / "dumps" / "step_00000007"
+    for part in ("step 7: loss=nan, gradient norm=nan", "not applied", str(dumped), "skip_nonfinite", "from the last checkpoint"):
+        assert part in str(error.value)
+    with np.load(dumped / "batch.npz") as batch, np.load(dumped / "metrics.npz") as metrics:
+        assert np.isnan(batch["x"]).all() and batch["x"].shape == (8, 2)
+        assert np.isnan(metrics["loss"]) and metrics["load"].shape == (2, 2)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["00000004"]
+    assert [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()][-1] is None
+
+
+def test_nonfinite_steps_are_skipped_where_that_is_allowed(tmp_path):
+    output = io.StringIO()
+    state = run(tmp_path, batches=Numbers(poisoned=[2, 3, 6]), skip_nonfinite=2, output=output)
+    assert int(state.skipped) == 3 and int(state.step) == 10 and np.isfinite(losses(tmp_path)[-1][1])
+    assert output.getvalue().count("the update was not applied") == 3
+    with pytest.raises(NonFiniteError, match="3 such steps in a row, 2 are allowed"):
+        run(tmp_path / "more", batches=Numbers(poisoned=[2, 3, 4]), skip_nonfinite=2)
+
+
+def test_a_failed_save_ends_the_run_with_its_error(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=3))
+    with pytest.raises(CheckpointError, match="step 4 .* and 3 are free"):
+        run(tmp_path)
+
+
+def test_an_unwritable_workdir_is_named_before_anything_runs(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        CheckpointManager(tmp_path / "checkpoints", {}) as checkpoints,
+        pytest.raises(CheckpointError, match=r"file/run cannot be written \(Not a directory\)"),
+    ):
+        train(make_state(), step_fn, (b := Numbers()), LoopConfig(steps=1), workdir=tmp_path / "file" / "run", checkpoints=checkpoints)
+    assert b.asked == []
+
+
+@pytest.mark.parametrize("wrong", [dict(steps=0), dict(log_every=-1), dict(checkpoint_every=0), dict(skip_nonfinite=-1), dict(prefetch=0)])
+def test_impossible_values_are_named(wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(ConfigError, match=f"LoopConfig.{name}={value}"):
+        LoopConfig(**{"steps": 1, **wrong})
+
+
+def test_the_feed_is_never_far_ahead_and_ends_with_its_loop():
+    batches = Numbers()
+    with Feed(batches, range(100), depth=2) as feed:
+        for step, host, device in feed:
+            assert host["x"][0, 0] == device["x"][0, 0] == step
+            time.sleep(0.02)
+            assert batches.asked[-1] <= step + 4
+            if step == 5:
+                break
+    assert batches.asked[-1] < 12
+
+
+def test_batches_are_split_over_the_mesh():
+    batch = {"tokens": np.arange(32, dtype=np.int32).reshape(16, 2), "scale": np.float32(2)}
+    with jax.set_mesh(make_mesh(fsdp=2, expert=4)):
+        placed = place_batch(batch)
+        assert {s.data.shape for s in placed["tokens"].addressable_shards} == {(2, 2)}
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(placed), batch)
+        with pytest.raises(ConfigError, match="size 12"):
+            place_batch({"x": np.zeros((12, 2))})
+
+
+def test_tokens_are_counted_beyond_32_bits():
+    state = make_state()
+    for _ in range(3):
+        state = dataclasses.replace(state, tokens_seen=add_tokens(state.tokens_seen, jnp.uint32(2**32 - 3)))
+    assert count_tokens(state) == 3 * (2**32 - 3)
