@@ -142,15 +142,15 @@ def test_a_device_is_filled_in_small_pieces_and_every_byte_is_read_once(referenc
         return result
 
     config, checkpoint = ModelConfig.from_hf(reference / "tiny_bf16"), open_checkpoint(reference / "tiny_bf16")
-    with jax.set_mesh(make_mesh(fsdp=2, expert=4)):
+    with jax.set_mesh(make_mesh(expert=2)):
         expected = weights(load_model(reference / "tiny_bf16"))
         monkeypatch.setattr(hf_import._Reader, "read", count_pieces)
         monkeypatch.setattr(Checkpoint, "read", count_reads)
         graph, state = nnx.split(nnx.eval_shape(lambda: InternS1Pro(config, rngs=nnx.Rngs(0))))
-        loaded = weights(nnx.merge(graph, load_into(state, checkpoint, config, host_bytes=20_000)))
+        loaded = weights(nnx.merge(graph, load_into(state, checkpoint, config, host_bytes=80_000)))
     assert same_bits(loaded, expected)
-    assert max(held) <= 20_000 < max(array.nbytes for array in loaded.values()) / 8
-    assert max(read) <= 20_000 and sum(read) == sum(info.nbytes for info in checkpoint.values())
+    assert max(held) <= 80_000 < max(array.nbytes for array in loaded.values()) / 2
+    assert max(read) <= 80_000 and sum(read) == sum(info.nbytes for info in checkpoint.values())
 
 
 def test_pieces_tile_the_box():
