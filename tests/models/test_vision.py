@@ -12,7 +12,7 @@ from flax import nnx
 
 from interns1pro_jax.config import VisionConfig
 from interns1pro_jax.models.inputs import VisionInputs
-from interns1pro_jax.models.vision import VisionTower, rotary_angles
+from interns1pro_jax.models.vision import VisionTower, frame_attention, rotary_angles
 from interns1pro_jax.models.vision_inputs import VisionItem, _linspace, bucket_size, pack_vision, tokens_per_item
 from interns1pro_jax.sharding import make_mesh, spec
 
@@ -68,10 +68,10 @@ def assert_close(actual, expected, tolerance: float) -> None:
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=tolerance, atol=tolerance, err_msg=jax.tree_util.keystr(path))
 
 
-def test_initial_weights_are_split_and_spread(mesh):
-    state = nnx.state(VisionTower(CONFIG, rngs=nnx.Rngs(0)))
+def test_initial_weights_differ_from_block_to_block(mesh):
+    state = nnx.state(nnx.jit(lambda: VisionTower(CONFIG, rngs=nnx.Rngs(0)))())
     values = {path[-1]: np.asarray(x[...]) for path, x in nnx.to_flat_state(state)}
-    assert len(state["blocks"]["qkv_DCQH"][...]) == CONFIG.depth and (values["qkv_DCQH"][0] != values["qkv_DCQH"][1]).any()
+    assert len(values["qkv_DCQH"]) == CONFIG.depth and (values["qkv_DCQH"][0] != values["qkv_DCQH"][1]).any()
     assert np.std(values["qkv_DCQH"]) == pytest.approx(CONFIG.initializer_range, rel=0.1)
     assert (values["norm1_scale_D"] == 1).all() and (values["fc1_bias_F"] == 0).all()
 
@@ -141,6 +141,22 @@ def test_packed_together_equals_alone_in_one_compilation(mesh):
     assert_close(together[:7], jnp.concatenate(alone), 1e-6)
     assert_close(reverse[:7], jnp.concatenate(alone[::-1]), 1e-6)
     assert traced == 1
+
+
+@pytest.mark.parametrize("packs", [1, 8])
+def test_attention_in_blocks_equals_attention_at_once(packs):
+    with jax.set_mesh(make_mesh(expert=packs)):
+        inputs = place(some_packs(packs), "batch")
+        q, k, v = (jax.device_put(x, inputs.frame_ids.sharding) for x in np.random.default_rng(0).normal(size=(3, packs, 28, 2, 4)))
+
+        def run(block):
+            def loss(q, k, v):
+                y = frame_attention(q, k, v, inputs.frame_ids, block=block)
+                return jnp.sum(jnp.sin(y)), y
+
+            return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
+
+        assert_close(run(8), run(28), 1e-5)
 
 
 def test_video_frames_do_not_see_each_other(mesh):
