@@ -207,7 +207,7 @@ def test_nonfinite_steps_are_skipped_where_that_is_allowed(tmp_path):
 
 def test_a_failed_save_ends_the_run_with_its_error(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=3))
-    with pytest.raises(CheckpointError, match="step 4 .* and 3 are free"):
+    with pytest.raises(CheckpointError, match=r"step 4 .* and 3 are free"):
         run(tmp_path)
 
 
