@@ -1,0 +1,142 @@
+"""The balanced MoE layer: equal to its definition, and equally loaded devices for any routing."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from interns1pro_jax import sharding
+from interns1pro_jax.config import ConfigError
+from interns1pro_jax.layers.moe import ExpertStack, Moe, expert_parallel_mlp
+from interns1pro_jax.layers.router import Routing
+from interns1pro_jax.sharding import make_mesh
+from tests.tiny import text_config
+
+GROUPS, PER_GROUP, D, F = 8, 4, 32, 16
+MESHES = [{}, {"expert": 8}, {"fsdp": 2, "expert": 4}, {"fsdp": 4, "expert": 2}, {"fsdp": 8}]
+
+
+def weights(seed=0):
+    wi, wo = (jax.random.normal(jax.random.key(seed + i), s) for i, s in enumerate([(GROUPS * PER_GROUP, D, 2 * F), (GROUPS * PER_GROUP, F, D)]))
+    return wi / D**0.5, wo / F**0.5
+
+
+def routings():
+    """In-group ids [B, T, G, 1]: adversarial (all tokens to one expert of each group, or of one group), random."""
+    random = np.random.default_rng(0).integers(0, PER_GROUP, (8, 6, GROUPS, 1))
+    return {"one expert": np.full_like(random, 2), "first group skewed": np.where(np.arange(GROUPS)[:, None] == 0, 3, random), "random": random}
+
+
+def place(x, *dims):
+    return sharding.constrain(jnp.asarray(x), *dims)
+
+
+@jax.jit
+def layer(x, ids, w, wi, wo):
+    routing = Routing(place(ids, "batch", "sequence", None, None), place(w, "batch", "sequence", None, None))
+    stack = ExpertStack(place(wi[None], None, "expert", "expert_embed", None), place(wo[None], None, "expert", None, "expert_embed"), jnp.int32(0))
+    return expert_parallel_mlp(place(x, "batch", "sequence", None), routing, stack)
+
+
+def by_definition(x, ids, w, wi, wo):
+    out = np.zeros_like(x)
+    for b, t, g in np.ndindex(ids.shape[:3]):
+        e = g * PER_GROUP + ids[b, t, g, 0]
+        gate, up = np.split(np.asarray(x[b, t] @ wi[e], np.float64), 2)
+        out[b, t] += w[b, t, g, 0] * ((gate / (1 + np.exp(-gate)) * up) @ wo[e])
+    return out
+
+
+@pytest.mark.parametrize("mesh_sizes", MESHES, ids=str)
+def test_equals_its_definition_for_any_routing(mesh_sizes):
+    x = np.random.default_rng(1).normal(size=(8, 6, D)).astype(np.float32)
+    w = np.random.default_rng(2).uniform(size=(8, 6, GROUPS, 1)).astype(np.float32)
+    wi, wo = (np.asarray(a) for a in weights())
+    with jax.set_mesh(make_mesh(**mesh_sizes)):
+        for name, ids in routings().items():
+            np.testing.assert_allclose(layer(x, ids, w, wi, wo), by_definition(x, ids, w, wi, wo), atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("mesh_sizes", MESHES[1:], ids=str)
+def test_rows_per_device_are_tokens_times_k_over_groups(mesh_sizes):
+    """The expert products of a device have a static number of rows, the same whatever the routing: the compiled program's
+    shapes say so, and so do the group sizes it computes from adversarial routings."""
+    from interns1pro_jax.ops.permutation import make_plan
+
+    tokens = 8 * 6
+    with jax.set_mesh(make_mesh(**mesh_sizes)):
+        ranks = sharding.axis_size("expert")
+        own = GROUPS // ranks
+        tokens_of_expert_group = tokens // sharding.axis_size("data", "fsdp")
+        for ids in routings().values():
+            flat = ids.reshape(tokens, GROUPS)
+            for rank in range(ranks):
+                local = flat[:tokens_of_expert_group, rank * own : (rank + 1) * own] + PER_GROUP * np.arange(own)
+                plan = make_plan(jnp.asarray(local), own * PER_GROUP)
+                assert plan.group_sizes_G.sum() == tokens_of_expert_group * own  # = tokens * K / (G/own)
+        x, w = np.zeros((8, 6, D), np.float32), np.ones((8, 6, GROUPS, 1), np.float32)
+        text = layer.lower(x, ids, w, *weights()).as_text()
+    assert f"tensor<{tokens_of_expert_group * own}x{D}xf32>" in text
+
+
+def test_one_compiled_program_serves_every_routing():
+    x, w = np.ones((8, 6, D), np.float32), np.ones((8, 6, GROUPS, 1), np.float32)
+    traces = []
+    with jax.set_mesh(make_mesh(expert=8)):
+
+        @jax.jit
+        def run(ids):
+            traces.append(1)
+            return layer_placed(ids)
+
+        wi, wo = weights()
+        wi, wo = place(wi[None], None, "expert", "expert_embed", None), place(wo[None], None, "expert", None, "expert_embed")
+        x, w = place(x, "batch", "sequence", None), place(w, "batch", "sequence", None, None)
+
+        def layer_placed(ids):
+            return expert_parallel_mlp(x, Routing(ids, w), ExpertStack(wi, wo, jnp.int32(0)))
+
+        for ids in routings().values():
+            run(place(ids, "batch", "sequence", None, None)).block_until_ready()
+    assert len(traces) == 1
+
+
+def test_collectives_of_the_layer_are_named_and_counted():
+    """Forward and backward of a sharded layer: tokens gathered and scattered on `expert`, weights on `fsdp`; no scatter-add of
+    activations anywhere."""
+    with jax.set_mesh(make_mesh(fsdp=2, expert=4)):
+        x, w = np.ones((8, 6, D), np.float32), np.ones((8, 6, GROUPS, 1), np.float32)
+        ids = routings()["random"]
+        gradient = jax.grad(lambda x, w, wi, wo: (layer(x, ids, w, wi, wo) ** 2).sum(), (0, 1, 2, 3))
+        lowered = jax.jit(gradient).lower(x, w, *weights())
+    named = lowered.as_text(debug_info=True)
+    for name in ("token_all_gather", "routing_all_to_all", "expert_weight_all_gather", "token_reduce_scatter"):
+        assert name in named
+    text = lowered.as_text()
+    assert text.count('"stablehlo.all_gather"') == 4  # tokens forward, output gradient backward, two weights
+    assert text.count('"stablehlo.reduce_scatter"') == 4  # output forward, token gradient backward, two weight gradients
+    assert text.count('"stablehlo.all_to_all"') == 3  # ids, weights, weight gradients: a few bytes per token
+    scattered = re.findall(r'"stablehlo\.scatter".*?\}\) : \(tensor<(\w+)>', text, re.DOTALL)
+    assert scattered and all(operand.endswith("i32") for operand in scattered)  # indices of the permutation only
+
+
+@pytest.mark.parametrize("mesh_sizes", [{}, {"expert": 4}, {"fsdp": 2, "expert": 2}], ids=str)
+def test_a_layer_of_a_stack_equals_the_layer_alone(mesh_sizes):
+    x = np.random.default_rng(1).normal(size=(4, 3, D)).astype(np.float32)
+    ids, w = routings()["random"][:4, :3], np.ones((4, 3, GROUPS, 1), np.float32)
+    stacks = [weights(seed) for seed in (0, 10, 20)]
+    with jax.set_mesh(make_mesh(**mesh_sizes)):
+        alone = np.asarray(layer(x, ids, w, *stacks[1]))
+        wi, wo = (np.stack([np.asarray(s[i]) for s in stacks]) for i in range(2))
+        stack = ExpertStack(place(wi, None, "expert", "expert_embed", None), place(wo, None, "expert", None, "expert_embed"), jnp.int32(1))
+        routing = Routing(place(ids, "batch", "sequence", None, None), place(w, "batch", "sequence", None, None))
+        x = place(x, "batch", "sequence", None)
+        np.testing.assert_allclose(jax.jit(expert_parallel_mlp)(x, routing, stack), alone, atol=1e-5)
+
+
+def test_expert_axis_must_divide_the_groups():
+    with jax.set_mesh(make_mesh(expert=8)), pytest.raises(ConfigError, match=r"expert=8 must divide router_n_groups=4"):
+        Moe(text_config(router_n_groups=4), rngs=nnx.Rngs(0))
