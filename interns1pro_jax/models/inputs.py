@@ -84,3 +84,12 @@ class ModelInputs:
     segment_ids: Int[Array, "B T"]
     vision: VisionInputs | None = None
     time_series: TimeSeriesInputs | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """One training batch: what the model reads, and the token that each position should predict (-100: none)."""
+
+    inputs: ModelInputs
+    labels: Int[Array, "B T"]

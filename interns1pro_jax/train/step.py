@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from interns1pro_jax.config import ConfigError, TextConfig
 from interns1pro_jax.layers.decoder import REMAT
 from interns1pro_jax.layers.router import RouterStats
-from interns1pro_jax.models.inputs import ModelInputs
+from interns1pro_jax.models.inputs import Batch
 from interns1pro_jax.models.interns1pro import InternS1Pro
 from interns1pro_jax.ops.losses import cross_entropy
 from interns1pro_jax.ops.router_losses import balance_loss, z_loss
@@ -22,15 +21,6 @@ from interns1pro_jax.optim.optimizer import Optimizer
 from interns1pro_jax.train.state import TrainState, add_tokens
 
 Metrics = dict[str, jax.Array]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """One training batch: what the model reads, and the token that each position should predict (-100: none)."""
-
-    inputs: ModelInputs
-    labels: Int[Array, "B T"]
 
 
 def loss_function(

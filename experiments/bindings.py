@@ -1,0 +1,69 @@
+"""What a recipe may bind. The library knows no gin: its functions and dataclasses are registered here, under their own names."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import gin
+import jax
+
+from experiments import train as _train
+from interns1pro_jax import config, sharding
+from interns1pro_jax.data import packing, pipeline
+from interns1pro_jax.infer import sampling
+from interns1pro_jax.optim import optimizer, schedule
+from interns1pro_jax.train import loop
+
+_DATACLASSES = (
+    config.ModelConfig,
+    config.TextConfig,
+    config.VisionConfig,
+    config.TimeSeriesConfig,
+    config.FopeConfig,
+    config.RouterConfig,
+    packing.RowSize,
+    pipeline.PipelineConfig,
+    sampling.Sampling,
+    optimizer.OptimizerConfig,
+    loop.LoopConfig,
+)
+_FUNCTIONS = (sharding.make_mesh, schedule.warmup_stable_decay, schedule.constant, _train.train, _train.PreparedCorpus)
+
+
+def register() -> None:
+    """Makes everything above bindable; call once."""
+    for target in (*_DATACLASSES, *_FUNCTIONS):
+        gin.external_configurable(_as_function(target), name=target.__name__)
+
+
+def _as_function(target: Callable[..., Any]) -> Callable[..., Any]:
+    """Gin would subclass a class, and an instance of the subclass is not equal to one of the class; a function it leaves alone."""
+    if not inspect.isclass(target):
+        return target
+
+    def build(*args: Any, **kwargs: Any) -> Any:
+        return target(*args, **kwargs)
+
+    build.__signature__ = inspect.signature(target)  # type: ignore[attr-defined]
+    build.__name__ = build.__qualname__ = target.__name__
+    build.__doc__ = target.__doc__
+    return build
+
+
+@gin.configurable
+def platform(emulated_cpu_devices: int | None = None, xla_flags: Sequence[str] = (), libtpu_flags: Sequence[str] = ()) -> None:
+    """Prepares the backend; must run before JAX looks for devices.
+
+    Args:
+      emulated_cpu_devices: run on this many emulated CPU devices instead of the accelerators present.
+      xla_flags: added to XLA_FLAGS; libtpu_flags: added to LIBTPU_INIT_ARGS.
+    """
+    for variable, added in (("XLA_FLAGS", xla_flags), ("LIBTPU_INIT_ARGS", libtpu_flags)):
+        if added:
+            os.environ[variable] = " ".join([os.environ.get(variable, ""), *added]).strip()
+    if emulated_cpu_devices is not None:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", emulated_cpu_devices)

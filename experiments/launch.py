@@ -1,0 +1,56 @@
+"""Runs a recipe: `python -m experiments.launch --gin_file configs/recipes/X.gin [--gin_param "a.b = 1"] [--workdir DIR]`.
+
+A recipe binds `launch.experiment` to one of the experiments of this folder, and their parameters. A binding that names nothing
+is an error, so that a misspelt parameter never trains with a default.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import gin
+from absl import app, flags
+
+from experiments import bindings
+from interns1pro_jax.checkpoint.manager import CheckpointError
+from interns1pro_jax.checkpoint.safetensors_io import CheckpointError as SafetensorsError
+from interns1pro_jax.config import ConfigError
+from interns1pro_jax.data.records import DataError
+from interns1pro_jax.train.recorder import NonFiniteError
+
+_GIN_FILE = flags.DEFINE_multi_string("gin_file", [], "Recipe to run; several are read one after the other.")
+_GIN_PARAM = flags.DEFINE_multi_string("gin_param", [], "Binding that overrides the recipe, for example 'train.steps = 10'.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and the report go; default runs/<name of the recipe>.")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@gin.configurable
+def launch(workdir: Path, experiment: Callable[[Path], None] = gin.REQUIRED) -> None:
+    """Runs the experiment that the recipe names."""
+    experiment(workdir)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}; bindings are given as --gin_param 'name = value'.")
+    if not _GIN_FILE.value:
+        raise app.UsageError("--gin_file is missing; the recipes are in configs/recipes/.")
+    workdir = Path(_WORKDIR.value or Path("runs") / Path(_GIN_FILE.value[0]).stem)
+    bindings.register()
+    gin.add_config_file_search_path(str(ROOT))
+    try:
+        gin.parse_config_files_and_bindings(_GIN_FILE.value, _GIN_PARAM.value)
+    except (OSError, SyntaxError, ValueError) as error:
+        sys.exit(f"error in the recipe: {error}")
+    try:
+        bindings.platform()
+        launch(workdir)
+    except (ConfigError, CheckpointError, SafetensorsError, DataError, NonFiniteError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    app.run(main)
