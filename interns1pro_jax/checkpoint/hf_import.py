@@ -2,8 +2,8 @@
 
 The headers are compared with the model first, so that every missing, surplus or misshapen tensor is named before anything is
 read. Then each process reads, for each of its devices, only the slices of the tensors that the device holds, converts them (FP8
-blocks are dequantised) and puts them there piece by piece: the host holds one piece of at most `host_bytes` at a time, and the
-slices of the few tensors that are being converted.
+blocks are dequantised) and puts them there piece by piece: the host holds one piece at a time, no larger than the largest tensor
+of the checkpoint, and the slices of tensors that it is made of.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ _FP8 = "F8_E4M3"
 _SCALES = ("F32", "BF16", "F8_E8M0")
 _SCALE_SUFFIX = "_scale_inv"
 _SHOWN = 20  # problems spelled out in one error
-_HOST_BYTES = 2**30
+_LEAST_PIECE = 2**24  # smaller pieces gain nothing
+_COLUMNS = 32  # a transposed copy in strips of this width stays in the processor's cache
 _READERS = 16  # threads; most of their time is waiting for pages and copying, both outside the interpreter lock
 
 
@@ -57,13 +58,14 @@ def load_model(
     return nnx.merge(graph, load_into(state, open_checkpoint(directory), config))
 
 
-def load_into(state: Any, checkpoint: Checkpoint, config: ModelConfig, *, host_bytes: int = _HOST_BYTES) -> Any:
+def load_into(state: Any, checkpoint: Checkpoint, config: ModelConfig, *, host_bytes: int | None = None) -> Any:
     """Fills an abstract state with the checkpoint's weights.
 
     Args:
       state: `nnx.State` of `jax.ShapeDtypeStruct` leaves; their shardings refer to the mesh in force, their dtypes are what the
         weights are converted to.
-      host_bytes: upper bound of a piece of a device's weights that the host prepares at once.
+      host_bytes: upper bound of a piece of a device's weights that the host prepares at once; what is read and converted for
+        it is another two or three times as much. None: the size of the checkpoint's largest tensor.
 
     Returns:
       The same state with arrays.
@@ -78,6 +80,8 @@ def load_into(state: Any, checkpoint: Checkpoint, config: ModelConfig, *, host_b
         raise CheckpointError(f"the state was not made with this config; they differ in {differing[:_SHOWN]}.")
     check_fit(checkpoint, config, list(parameters.values()))
     block = config.quantization.weight_block_size if config.quantization else WEIGHT_BLOCK
+    if host_bytes is None:
+        host_bytes = max(_LEAST_PIECE, *(info.nbytes for info in checkpoint.values()))
     mesh = jax.sharding.get_mesh()
     with ThreadPoolExecutor(_READERS) as pool:
 
@@ -112,7 +116,7 @@ def _put(box: Sequence[slice], devices: Sequence[jax.Device], reader: _Reader, h
     shape = tuple(part.stop - part.start for part in box)
     if math.prod(shape) * reader.dtype.itemsize <= host_bytes:
         values = reader.read(box)
-        return {device: jax.device_put(values, device) for device in devices}
+        return jax.block_until_ready({device: jax.device_put(values, device) for device in devices})
     shards = {}
     for device in devices:
         with jax.set_mesh(Mesh(np.array([device]), ("device",))):
@@ -168,7 +172,10 @@ class _Reader:
                 return
             stored, part_layout, rest = layout.restrict([*box[stacked:-1], slice(begin - number * width, end - number * width)])
             at = tuple(p - part.start for p, part in zip(position, box, strict=False))
-            result[(*at, ..., slice(begin - box[-1].start, end - box[-1].start))] = part_layout.apply(self._values(name, stored))[rest]
+            target = result[(*at, ..., slice(begin - box[-1].start, end - box[-1].start))]
+            values = part_layout.apply(self._values(name, stored))[rest]
+            for column in range(0, end - begin, _COLUMNS):
+                target[..., column : column + _COLUMNS] = values[..., column : column + _COLUMNS]
 
         for _ in self.pool.map(fill, self.parameter.tensors(box[:stacked])):
             pass

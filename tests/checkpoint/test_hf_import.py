@@ -317,6 +317,11 @@ def test_a_directory_without_config(tmp_path, mesh):
         load_model(tmp_path)
 
 
+def test_a_mesh_is_needed(reference):
+    with pytest.raises(ConfigError, match="no mesh is in force"):
+        load_model(reference / "tiny")
+
+
 def test_the_released_sizes_are_checked_and_sliced_without_memory(reference, tmp_path):
     """A sparse stand-in for six layers (58 GB) of the FP8 release: its headers fit the config, and one device's part is read."""
     config = ModelConfig.from_hf(reference / "official")

@@ -1,5 +1,7 @@
 import json
 import os
+import re
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -43,6 +45,17 @@ def test_a_slice_of_a_tensor_far_larger_than_memory_is_read(tmp_path, write_safe
     path = write_safetensors(tmp_path / SINGLE, {}, grow)
     os.truncate(path, path.stat().st_size + size)  # a sparse file: takes no space
     assert SafetensorsFile(path).read("huge", (slice(2**19, 2**19 + 4), slice(7, 9))).tolist() == [[0, 0]] * 4
+
+
+def test_what_was_read_does_not_stay_resident(tmp_path, write_safetensors):
+    if not (smaps := Path("/proc/self/smaps")).exists():
+        pytest.skip("needs Linux's /proc/self/smaps")
+    path = write_safetensors(tmp_path / SINGLE, {"a": np.ones(2**20), "b": np.ones(2**20)})
+    file = SafetensorsFile(path)
+    assert file.read("a").sum() + file.read("b", (slice(100, 2**20),)).sum() == 2**21 - 100
+    (mapping,) = (entry for entry in smaps.read_text().split("VmFlags") if str(path) in entry)
+    (resident,) = re.findall(r"^Rss: +(\d+) kB", mapping.split(str(path))[1], re.MULTILINE)
+    assert int(resident) < 100
 
 
 def header_change(name, **fields):
