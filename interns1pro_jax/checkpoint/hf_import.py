@@ -116,7 +116,7 @@ def _put(box: Sequence[slice], devices: Sequence[jax.Device], reader: _Reader, h
     shape = tuple(part.stop - part.start for part in box)
     if math.prod(shape) * reader.dtype.itemsize <= host_bytes:
         values = reader.read(box)
-        return jax.block_until_ready({device: jax.device_put(values, device) for device in devices})
+        return {device: jax.device_put(values, device).block_until_ready() for device in devices}
     shards = {}
     for device in devices:
         with jax.set_mesh(Mesh(np.array([device]), ("device",))):
