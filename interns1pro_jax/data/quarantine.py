@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from interns1pro_jax.data.records import DataError
 
 _log = logging.getLogger(__name__)
+_NAMED = 10  # warnings; the names of the rest are in `Quarantine.reasons`
 
 
 class Quarantine:
@@ -36,7 +37,7 @@ class Quarantine:
                 return
             self._reasons[name] = reason
             bad = len(self._reasons)
-        _log.warning("quarantined %s: %s", name, reason)
+        _log.log(logging.WARNING if bad <= _NAMED else logging.DEBUG, "quarantined %s: %s", name, reason)
         if bad > self._max_share * self._documents:
             raise DataError(
                 f"{bad} of {self._documents} documents are bad, more than the allowed share {self._max_share:g}; the last is {name}: "

@@ -166,7 +166,7 @@ def _check(part: Part) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class RecordFile:
-    """A written file of records: its name within the directory, how many records, and what its bytes must be."""
+    """A written file of records: its path within the data directory, how many records, and what its bytes must be."""
 
     name: str
     records: int
@@ -174,8 +174,10 @@ class RecordFile:
     sha256: str
 
 
-def write_records(path: Path, documents: Iterable[Document]) -> RecordFile:
-    """Writes documents in order; the file appears under its name only when it is complete."""
+def write_records(directory: Path, name: str, documents: Iterable[Document]) -> RecordFile:
+    """Writes documents in order to `directory / name`; the file appears under its name only when it is complete."""
+    path = directory / name
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     writer = array_record_module.ArrayRecordWriter(str(partial), _WRITER_OPTIONS)
     count = 0
@@ -184,7 +186,7 @@ def write_records(path: Path, documents: Iterable[Document]) -> RecordFile:
         count += 1
     writer.close()
     os.replace(partial, path)
-    return RecordFile(path.name, count, path.stat().st_size, sha256_of(path))
+    return RecordFile(name, count, path.stat().st_size, sha256_of(path))
 
 
 def sha256_of(path: Path) -> str:

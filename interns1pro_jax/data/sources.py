@@ -1,4 +1,4 @@
-"""Random access to the documents of record files."""
+"""Random access to documents: of record files, or in memory."""
 
 from __future__ import annotations
 
@@ -77,3 +77,19 @@ class RecordSource:
                 self._readers.popitem(last=False)[1].close()
             self._readers[file] = array_record_module.ArrayRecordReader(str(self._paths[file]))
         return self._readers[file]
+
+
+class DocumentList:
+    """Documents in memory as a source."""
+
+    def __init__(self, documents: Sequence[Document]):
+        self._documents = documents
+
+    def __len__(self) -> int:
+        return len(self._documents)
+
+    def __getitem__(self, index: int) -> Document:
+        return self._documents[index]
+
+    def name(self, index: int) -> str:
+        return self._documents[index].name

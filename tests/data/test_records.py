@@ -28,8 +28,8 @@ def same(a: Document, b: Document) -> bool:
 @pytest.fixture
 def directory(tmp_path):
     files = [
-        records.write_records(tmp_path / "a.array_record", map(make_document, range(5))),
-        records.write_records(tmp_path / "b.array_record", map(make_document, range(5, 12))),
+        records.write_records(tmp_path, "train/a.array_record", map(make_document, range(5))),
+        records.write_records(tmp_path, "train/b.array_record", map(make_document, range(5, 12))),
     ]
     return tmp_path, files
 
@@ -56,7 +56,7 @@ def test_files_give_back_every_document_in_any_order(directory):
     assert len(source) == 12
     for index in np.random.default_rng(0).permutation(12):
         assert same(source[int(index)], make_document(int(index)))
-    assert [p.name for p in directory[0].iterdir() if "partial" in p.name] == []
+    assert sorted(p.name for p in (directory[0] / "train").iterdir()) == ["a.array_record", "b.array_record"]
     with pytest.raises(IndexError, match="document 12 of 12"):
         source[12]
 

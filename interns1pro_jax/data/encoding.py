@@ -1,0 +1,101 @@
+"""A document as the model reads it: token ids with placeholders, patches of its images, samples of its signals (spec 5)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from interns1pro_jax.config import VisionConfig
+from interns1pro_jax.data.image_processing import PixelBounds, grid_of, image_item
+from interns1pro_jax.data.packing import RowSize
+from interns1pro_jax.data.records import Document, ImagePart, SignalPart, TextPart
+from interns1pro_jax.models.time_series_inputs import Signal, prepare_signal, required_sizes
+from interns1pro_jax.models.vision_inputs import VisionItem, tokens_per_item
+from interns1pro_jax.ops.losses import IGNORED
+from interns1pro_jax.tokenizer import base
+from interns1pro_jax.tokenizer.base import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tokens:
+    """The token sequence of a document.
+
+    Attributes:
+      ids: text, and placeholders between the marks that open and close a medium; at the end `<|endoftext|>`.
+      is_text: where a token is text (the end included): what a model can be asked to predict.
+      size: what the document needs of a row.
+    """
+
+    ids: Int[np.ndarray, "tokens"]
+    is_text: Bool[np.ndarray, "tokens"]
+    size: RowSize
+
+    def labels(self, counted: Bool[np.ndarray, "tokens"] | None = None) -> Int[np.ndarray, "tokens"]:
+        """For each position the next token of the document, or -100 where that is not text (or not in `counted`), or the end."""
+        wanted = self.is_text if counted is None else self.is_text & counted
+        labels = np.full(len(self.ids), IGNORED, np.int32)
+        labels[:-1] = np.where(wanted[1:], self.ids[1:], IGNORED)
+        return labels
+
+
+@dataclasses.dataclass(frozen=True)
+class DocumentEncoder:
+    """Encodes documents for one model.
+
+    Attributes:
+      tokenizer: of the model.
+      vision: patch sizes of the model's vision tower.
+      bounds: how large images may be.
+    """
+
+    tokenizer: Tokenizer
+    vision: VisionConfig
+    bounds: PixelBounds
+
+    def tokenize(self, document: Document, end: bool = True) -> Tokens:
+        """The token sequence; media are measured, not processed.
+
+        Args:
+          end: whether `<|endoftext|>` follows; a prompt has none.
+
+        Raises:
+          ValueError: a medium that cannot be encoded.
+        """
+        special = self.tokenizer.special
+        ids: list[int] = []
+        is_text: list[bool] = []
+
+        def append(new: list[int], text: bool) -> None:
+            ids.extend(new)
+            is_text.extend([text] * len(new))
+
+        patches = 0
+        signals: list[Signal] = []
+        for part in document.parts:
+            match part:
+                case TextPart(text):
+                    append(self.tokenizer.encode(text), True)
+                case ImagePart(pixels):
+                    grid = grid_of(pixels.shape[0], pixels.shape[1], self.vision, self.bounds)
+                    fill = [special(base.IMAGE)] * tokens_per_item(grid, self.vision)
+                    append([special(base.VISION_START), *fill, special(base.VISION_END)], False)
+                    patches += grid[1] * grid[2]
+                case SignalPart(samples, rate, _):
+                    signal = Signal(samples, rate)
+                    append([special(base.SIGNAL_START), *[special(base.SIGNAL)] * signal.tokens, special(base.SIGNAL_END)], False)
+                    signals.append(signal)
+        if end:
+            append([special(base.END_OF_TEXT)], True)
+        needed = required_sizes([signals])
+        size = RowSize(len(ids), patches, needed.values, needed.rows, needed.pairs, needed.patch_width)
+        return Tokens(np.array(ids, np.int32), np.array(is_text, bool), size)
+
+    def images(self, document: Document) -> list[VisionItem]:
+        """Patches of the images, in reading order."""
+        return [image_item(part.pixels, self.vision, self.bounds) for part in document.parts if isinstance(part, ImagePart)]
+
+    def signals(self, document: Document) -> list[Signal]:
+        """The signals, normalised, in reading order."""
+        return [prepare_signal(part.samples, part.sampling_rate) for part in document.parts if isinstance(part, SignalPart)]

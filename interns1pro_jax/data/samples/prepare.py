@@ -1,0 +1,159 @@
+"""Makes prepared data of the downloaded packages: documents, split, record files, tokenizer, manifest."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import inspect
+import itertools
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from interns1pro_jax.data import image_processing, prepared, records
+from interns1pro_jax.data.prepared import SPLITS, PreparedData
+from interns1pro_jax.data.records import DataError, Document, TextPart
+from interns1pro_jax.data.samples import molecules, packages, pictures, prose, signals
+from interns1pro_jax.data.samples.packages import PACKAGES, Archives, Sample
+from interns1pro_jax.tokenizer import byte_bpe
+from interns1pro_jax.tokenizer.byte_bpe import ByteBpeTokenizer
+
+_READERS = (prose, molecules, pictures, signals)
+_RECORDS_PER_FILE = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Expectation:
+    """What a source must yield, and how it is split.
+
+    Attributes:
+      documents: how many; fixed by the bytes of the packages.
+      validation_share: of the groups.
+      tolerance: share by which `documents` may be missed: RDKit's releases differ a little in the molecules they accept.
+    """
+
+    documents: int
+    validation_share: float
+    tolerance: float = 0.0
+
+
+EXPECTED = {
+    prose.SOURCE: Expectation(1126, 0.05),
+    molecules.SOURCE_VALUES: Expectation(1905, 0.08, 0.01),
+    molecules.SOURCE_DRAWINGS: Expectation(3994, 0.08, 0.01),
+    pictures.SOURCE_PICTURES: Expectation(219, 0.15),
+    pictures.SOURCE_DIGITS: Expectation(1797, 0.1),
+    signals.SOURCE_RECORDINGS: Expectation(861, 0.12),
+    signals.SOURCE_SERIES: Expectation(2969, 0.1),
+}
+
+
+def split_of(group: str, validation_share: float) -> str:
+    """The split of a group: a function of its name alone, so it never changes when documents come or go."""
+    number = int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "big")
+    return SPLITS[number < validation_share * 2**64]
+
+
+def fingerprint(vocab_size: int) -> str:
+    """Changes whenever the packages, the code that reads them, or the libraries that it uses do."""
+    code = [inspect.getsource(module) for module in (*_READERS, packages, records, byte_bpe, image_processing)]
+    code += [inspect.getsource(function) for function in (split_of, prepare, collect)]
+    libraries = [importlib.metadata.version(name) for name in ("rdkit", "pymseed", "pillow", "tokenizers")]
+    expected = {source: dataclasses.astuple(expectation) for source, expectation in EXPECTED.items()}
+    return hashlib.sha256(json.dumps([code, libraries, expected, vocab_size]).encode()).hexdigest()
+
+
+def prepare(downloads: Path, output: Path, vocab_size: int, progress: Callable[[str, int], None]) -> PreparedData:
+    """Writes the prepared data of the packages in `downloads` to `output`; does nothing where it is there already.
+
+    Args:
+      vocab_size: ids of the tokenizer, at most.
+      progress: called with a source and the documents read from it so far.
+
+    Raises:
+      DataError: a source yields another number of documents than it must.
+      ConfigError: a library for reading is missing.
+    """
+    wanted = fingerprint(vocab_size)
+    if (found := existing(output)) and found.fingerprint == wanted and not found.damaged():
+        return found
+    (output / prepared.MANIFEST).unlink(missing_ok=True)
+    for split in SPLITS:
+        shutil.rmtree(output / split, ignore_errors=True)
+
+    documents = collect(downloads, progress)
+    files = {
+        split: [
+            records.write_records(output, f"{split}/{source}-{number:05d}.array_record", part)
+            for source, splits in documents.items()
+            for number, part in enumerate(_parts(splits[split]))
+        ]
+        for split in SPLITS
+    }
+    texts = (part.text for splits in documents.values() for d in splits["train"] for part in d.parts if isinstance(part, TextPart))
+    ByteBpeTokenizer.train(texts, vocab_size).save(output / prepared.TOKENIZER)
+    data = PreparedData(
+        output,
+        fingerprint=wanted,
+        files=files,
+        counts={split: {source: len(splits[split]) for source, splits in documents.items()} for split in SPLITS},
+        tokenizer_sha256=records.sha256_of(output / prepared.TOKENIZER),
+        packages=[dataclasses.asdict(package) for package in PACKAGES],
+    )
+    (output / "SOURCES.md").write_text(describe(data))
+    data.save()
+    return data
+
+
+def existing(output: Path) -> PreparedData | None:
+    """The prepared data in a directory, if there is any that can be read."""
+    try:
+        return PreparedData.open(output)
+    except DataError:
+        return None
+
+
+def collect(downloads: Path, progress: Callable[[str, int], None]) -> dict[str, dict[str, list[Document]]]:
+    """All documents by source and split."""
+    documents: dict[str, dict[str, list[Document]]] = {source: {split: [] for split in SPLITS} for source in EXPECTED}
+    with Archives(downloads) as archives:
+        samples: Iterator[Sample] = itertools.chain.from_iterable(reader.samples(archives) for reader in _READERS)
+        for group, document in samples:
+            splits = documents[document.source]
+            splits[split_of(group, EXPECTED[document.source].validation_share)].append(document)
+            progress(document.source, sum(map(len, splits.values())))
+    for source, splits in documents.items():
+        expectation, found = EXPECTED[source], sum(map(len, splits.values()))
+        if abs(found - expectation.documents) > expectation.tolerance * expectation.documents:
+            raise DataError(
+                f"{source}: {found} documents were found, {expectation.documents} expected; delete {downloads} and fetch again."
+            )
+        if not all(splits.values()):
+            raise DataError(
+                f"{source}: a split is empty ({', '.join(f'{split} {len(d)}' for split, d in splits.items())}); change its share."
+            )
+    return documents
+
+
+def describe(data: PreparedData) -> str:
+    """`SOURCES.md`: what the data is, where each part comes from, and under which licence."""
+    lines = ["# Sources", "", "Prepared sample data. Each document also carries its source and licence in its record.", ""]
+    lines += ["| source | training documents | validation documents |", "| --- | ---: | ---: |"]
+    lines += [f"| {source} | {data.counts['train'][source]} | {data.counts['validation'][source]} |" for source in EXPECTED]
+    lines += [
+        "",
+        "Training and validation share no module of documentation, no molecule (by skeleton), no picture, no digit, no series. Recordings "
+        "are split by time: an hour of a station, or twenty seconds of a heart recording, is in one split.",
+        "",
+        "| package | version | licence of what is used | origin | SHA-256 of the archive |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    lines += [f"| {p['name']} | {p['version']} | {p['licence']} | {p['origin']} | `{p['sha256']}` |" for p in data.packages]
+    return "\n".join(lines) + "\n"
+
+
+def _parts(documents: list[Document]) -> Iterator[list[Document]]:
+    for start in range(0, len(documents), _RECORDS_PER_FILE):
+        yield documents[start : start + _RECORDS_PER_FILE]
