@@ -1,0 +1,74 @@
+"""A run that is killed again and again gives the losses of a run that is not, to the bit, whatever moment the kill hits."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from interns1pro_jax.train.loop import INTERRUPTED
+from interns1pro_jax.train.metrics import read_arrays, read_records
+
+SCRIPT = Path(__file__).with_name("tiny_run.py")
+
+
+def start(workdir: Path, *arguments: str) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, SCRIPT, workdir, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen, code: int) -> str:
+    output, _ = process.communicate()
+    assert process.returncode == code, output
+    return output
+
+
+def records(workdir: Path) -> list[dict]:
+    """All that is recorded of each step but its speed."""
+    return [{name: value for name, value in record.items() if name != "tokens_per_second"} for record in read_records(workdir)]
+
+
+@pytest.fixture
+def whole(tmp_path):
+    """A run that nobody interrupts, with a compilation of its own."""
+    process = start(tmp_path / "whole")
+    yield process, tmp_path / "whole"
+    process.kill()
+
+
+def test_killed_and_continued_equals_uninterrupted(tmp_path, whole):
+    workdir, cache = tmp_path / "killed", str(tmp_path / "compiled")
+    checkpoints = workdir / "checkpoints"
+
+    def steps() -> list[str]:
+        return sorted(path.name.lstrip("0") for path in checkpoints.glob("[0-9]*"))
+
+    def run(code: int, *arguments: str) -> str:
+        return finish(start(workdir, "--cache", cache, *arguments), code)
+
+    # In a step, before anything is saved.
+    run(-signal.SIGKILL, "--kill", "step", "/2")
+    assert steps() == []
+    # When all of the first checkpoint is written but its name: it is not taken for one.
+    run(-signal.SIGKILL, "--kill", "os.rename", "checkpoints/00000003")
+    assert steps() == ["3.orbax-checkpoint-tmp"]
+    # When the second checkpoint is complete and the first one, no longer needed, is about to be removed.
+    assert "continuing" not in run(-signal.SIGKILL, "--kill", "os.rename", "deleted/00000003")
+    assert steps() == ["3", "6"]
+    # At the beginning of a save.
+    assert "continuing from the checkpoint of step 6" in run(-signal.SIGKILL, "--kill", "os.mkdir", "/00000009.orbax-checkpoint-tmp")
+    assert "6" in steps() and "9" not in steps()
+    # In a step after a checkpoint.
+    assert "continuing from the checkpoint of step 6" in run(-signal.SIGKILL, "--kill", "step", "/8")
+    # Told to stop, it saves the step it is in.
+    output = run(INTERRUPTED, "--term", "7")
+    assert "continuing from the checkpoint of step 6" in output and "stopped by SIGTERM; step 8 is saved in" in output
+    assert steps() == ["8"]
+    assert "continuing from the checkpoint of step 8" in run(0)
+
+    process, expected = whole
+    finish(process, 0)
+    assert [record["step"] for record in records(workdir)] == list(range(1, 13))
+    assert records(workdir) == records(expected)
+    np.testing.assert_equal(read_arrays(workdir), read_arrays(expected))
