@@ -28,11 +28,11 @@ class Tokens:
       size: what the document needs of a row.
     """
 
-    ids: Int[np.ndarray, "tokens"]
-    is_text: Bool[np.ndarray, "tokens"]
+    ids: Int[np.ndarray, " tokens"]
+    is_text: Bool[np.ndarray, " tokens"]
     size: RowSize
 
-    def labels(self, counted: Bool[np.ndarray, "tokens"] | None = None) -> Int[np.ndarray, "tokens"]:
+    def labels(self, counted: Bool[np.ndarray, " tokens"] | None = None) -> Int[np.ndarray, " tokens"]:
         """For each position the next token of the document, or -100 where that is not text (or not in `counted`), or the end."""
         wanted = self.is_text if counted is None else self.is_text & counted
         labels = np.full(len(self.ids), IGNORED, np.int32)

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Int
 
 
-def unigram_loss(train_counts: Int[np.ndarray, "V"], held_out_counts: Int[np.ndarray, "V"]) -> float:
+def unigram_loss(train_counts: Int[np.ndarray, " V"], held_out_counts: Int[np.ndarray, " V"]) -> float:
     """Cross entropy, in nats per label, of held-out labels under the frequencies of the training labels.
 
     Frequencies are smoothed by one count for each id, so that a label never seen in training costs a finite amount.

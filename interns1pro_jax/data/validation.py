@@ -64,7 +64,7 @@ def ablation(source: DocumentSource, encoder: DocumentEncoder, model: ModelConfi
     )
 
 
-def caption_labels(tokens: Tokens) -> Int[np.ndarray, "tokens"]:
+def caption_labels(tokens: Tokens) -> Int[np.ndarray, " tokens"]:
     """Labels of the text after a medium only."""
     return tokens.labels(np.cumsum(~tokens.is_text) > 0)
 
