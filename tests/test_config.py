@@ -1,0 +1,82 @@
+"""The released config.json in and out, and the errors of impossible configurations."""
+
+import dataclasses
+import json
+
+import pytest
+
+from interns1pro_jax.config import ConfigError, FopeConfig, ModelConfig, TextConfig
+from interns1pro_jax.ops.fope import text_frequencies
+
+
+def test_defaults_are_the_released_model(reference):
+    released = ModelConfig.from_hf(reference / "official")
+    assert released.text == dataclasses.replace(ModelConfig().text, router=released.text.router)
+    assert released.vision == ModelConfig().vision
+    assert len(text_frequencies(released.text)) == 45
+    assert released.text.layer_runs == ((True, 0, 94),)
+    assert released.quantization is not None and len(released.quantization.modules_to_not_convert) == 623
+
+
+def test_round_trip_through_the_released_format(reference):
+    for path in sorted(reference.glob("*/config.json")):
+        config = ModelConfig.from_hf(path)
+        assert ModelConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config, path
+    changed = ModelConfig(text=TextConfig(fope=None, mlp_only_layers=(3, 5), attention_bias=True), time_series=None)
+    assert ModelConfig.from_hf(changed.to_hf()) == changed
+
+
+def test_layer_runs_follow_dense_layers():
+    config = TextConfig(num_hidden_layers=6, decoder_sparse_step=2, mlp_only_layers=(3,))
+    assert [config.is_moe(layer) for layer in range(6)] == [False, True, False, False, False, True]
+    assert config.layer_runs == ((False, 0, 1), (True, 1, 1), (False, 2, 3), (True, 5, 1))
+    assert config.num_moe_layers == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(num_experts=500), "num_experts=500 must be divisible by router_n_groups=8"),
+        (dict(num_experts_per_tok=12), "num_experts_per_tok=12 must be divisible by router_n_groups=8"),
+        (dict(num_experts=8, num_experts_per_tok=16), "a group has only 1"),
+        (dict(num_attention_heads=6), "num_attention_heads=6 must be divisible by num_key_value_heads=4"),
+        (dict(mlp_only_layers=(94,)), r"mlp_only_layers names layers \[94\]"),
+        (dict(dtype="float16"), "dtype='float16' is not supported"),
+        (dict(head_dim=127), "head_dim=127 must be even"),
+        (dict(hidden_size=0), "hidden_size=0 must be a positive integer"),
+        (dict(fope=FopeConfig(num_inv_freq=65)), r"num_inv_freq=65 must lie in 1\.\.head_dim/2=64"),
+    ],
+)
+def test_impossible_text_configurations(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        TextConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda c: c.update(surprise=1), r"unknown keys \['surprise'\]"),
+        (lambda c: c["text_config"].update(num_expert=4), r"text_config: unknown keys \['num_expert'\]"),
+        (lambda c: c["text_config"].update(hidden_act="relu"), "hidden_act='relu' is not supported"),
+        (lambda c: c["text_config"]["rope_scaling"].update(rope_type="yarn"), "rope_type='yarn' is not supported"),
+        (lambda c: c["vision_config"].update(out_hidden_size=5), "vision out_hidden_size=5 must equal the text hidden_size"),
+        (lambda c: c.update(tie_word_embeddings=True), "tie_word_embeddings=true is not supported"),
+        (lambda c: c.pop("text_config"), "text_config is missing"),
+        (lambda c: c["quantization_config"].update(fmt="e5m2"), "fmt='e5m2' is not supported"),
+    ],
+)
+def test_wrong_files_are_named(edit, message):
+    from interns1pro_jax.config import Fp8Config
+
+    content = dataclasses.replace(ModelConfig(), quantization=Fp8Config()).to_hf()
+    edit(content)
+    with pytest.raises(ConfigError, match=message):
+        ModelConfig.from_hf(content)
+
+
+def test_missing_and_broken_files(tmp_path):
+    with pytest.raises(ConfigError, match=r"config\.json does not exist"):
+        ModelConfig.from_hf(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="is not valid JSON"):
+        ModelConfig.from_hf(tmp_path)
