@@ -93,6 +93,18 @@ def test_every_step_is_done_once_in_order(tmp_path):
     np.testing.assert_array_equal(state.params["w"][...], expected.params["w"][...])
 
 
+def test_a_record_is_on_disk_before_the_checkpoint_of_its_step(tmp_path, monkeypatch):
+    save, recorded = CheckpointManager.save, []
+
+    def spy(self, step, state):
+        recorded.append((step, [step for step, *_ in losses(tmp_path)]))
+        save(self, step, state)
+
+    monkeypatch.setattr(CheckpointManager, "save", spy)
+    run(tmp_path)
+    assert recorded == [(step, list(range(1, step + 1))) for step in (4, 8, 10)]
+
+
 @pytest.mark.parametrize("fails_at", [1, 4, 5, 7, 8, 9])
 def test_a_failed_run_continues_as_if_nothing_had_happened(tmp_path, fails_at):
     def fail():
