@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import gin
-from absl import app, flags
+from absl import app, flags, logging
 
 from experiments import bindings
 from interns1pro_jax.checkpoint.manager import CheckpointError
@@ -39,6 +39,8 @@ def main(argv: list[str]) -> None:
     if not _GIN_FILE.value:
         raise app.UsageError("--gin_file is missing; the recipes are in configs/recipes/.")
     workdir = Path(_WORKDIR.value or Path("runs") / Path(_GIN_FILE.value[0]).stem)
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # the libraries' accounts of every save would hide the progress
     bindings.register()
     gin.add_config_file_search_path(str(ROOT))
     try:

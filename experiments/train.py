@@ -1,0 +1,185 @@
+"""Trains the model on prepared data, from the recipe to the report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import gin
+import jax
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from rich.console import Console
+
+from interns1pro_jax import sharding
+from interns1pro_jax.checkpoint.manager import CheckpointManager
+from interns1pro_jax.config import ConfigError, ModelConfig
+from interns1pro_jax.data.encoding import DocumentEncoder
+from interns1pro_jax.data.image_processing import PixelBounds
+from interns1pro_jax.data.pipeline import PackedData, PipelineConfig
+from interns1pro_jax.data.prepared import PreparedData
+from interns1pro_jax.data.records import Document, ImagePart, SignalPart
+from interns1pro_jax.data.unigram import unigram_loss
+from interns1pro_jax.data.validation import MEDIA, ablation, prompts
+from interns1pro_jax.infer.generate import generate
+from interns1pro_jax.infer.sampling import GREEDY, Sampling
+from interns1pro_jax.models.inputs import Batch
+from interns1pro_jax.models.interns1pro import InternS1Pro, create_model
+from interns1pro_jax.optim.optimizer import OptimizerConfig, make_optimizer
+from interns1pro_jax.tokenizer import base
+from interns1pro_jax.train.feed import place_batch
+from interns1pro_jax.train.loop import LoopConfig
+from interns1pro_jax.train.loop import train as train_loop
+from interns1pro_jax.train.report import CaptionLoss, ReportData, Sample, write_report
+from interns1pro_jax.train.state import TrainState, init_state
+from interns1pro_jax.train.step import make_eval_step, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedCorpus:
+    """Data made by `tools.fetch_data`, and how it is packed.
+
+    Attributes:
+      directory: of the prepared data.
+      pipeline: sizes of rows and batches.
+      smallest_image, largest_image: bounds of an image's area after resizing, in pixels.
+      evaluation_batches: batches of held-out rows that an evaluation reads.
+      samples: held-out documents whose beginnings the report continues: with an image, with a signal and of text, in turn.
+    """
+
+    directory: str
+    pipeline: PipelineConfig
+    smallest_image: int = PixelBounds.smallest
+    largest_image: int = PixelBounds.largest
+    evaluation_batches: int = 8
+    samples: int = 8
+
+
+def train(
+    workdir: Path,
+    *,
+    model: ModelConfig,
+    mesh: Mesh,
+    corpus: PreparedCorpus,
+    optimizer: OptimizerConfig,
+    schedule: optax.Schedule,
+    loop: LoopConfig,
+    remat: str = "full",
+    seed: int = 0,
+    keep_checkpoints: int = 2,
+    sampling: Sampling = GREEDY,
+    sample_tokens: int = 40,
+    title: str = "Training run",
+) -> None:
+    """Trains `model` on `corpus`, evaluates it on held-out documents and writes `report.md` to `workdir`.
+
+    The model's vocabulary and placeholder ids are those of the corpus's tokenizer. A run that was stopped or killed goes on from
+    its last checkpoint when it is started again with the same workdir.
+    """
+    console = Console(quiet=jax.process_index() != 0)
+    prepared = PreparedData.open(corpus.directory)
+    tokenizer = prepared.tokenizer()
+    if model.vision is None:
+        raise ConfigError("the prepared data has images; give the model a vision tower (ModelConfig.vision).")
+    if model.text.vocab_size < tokenizer.vocab_size:
+        raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} ids; TextConfig.vocab_size={model.text.vocab_size} must not be smaller.")
+    model = dataclasses.replace(model, **base.model_token_ids(tokenizer))
+    encoder = DocumentEncoder(tokenizer, model.vision, PixelBounds(corpus.smallest_image, corpus.largest_image))
+    console.print("measuring documents")
+    training = PackedData(prepared.source("train"), encoder, model, corpus.pipeline)
+    held_out = PackedData(prepared.source("validation"), encoder, model, corpus.pipeline)
+    unigram = unigram_loss(training.label_counts, held_out.label_counts)
+    for name, data in (("training", training), ("held-out", held_out)):
+        console.print(f"{name}: {len(data.sizes):,} documents in {data.rows_per_epoch:,} rows; {len(data.quarantine.reasons)} set aside")
+
+    with jax.set_mesh(mesh):
+        optim = make_optimizer(optimizer, schedule)
+        network = create_model(model, seed)
+        graphdef, state = init_state(network, optim)
+        parameters = sum(x.size for x in jax.tree.leaves(state.params))
+        console.print(f"{parameters:,} parameters on the mesh {dict(mesh.shape)}; unigram loss of the held-out text {unigram:.3f}")
+        evaluate_batch = make_eval_step(graphdef)
+
+        def mean_loss(state: TrainState, batches: Sequence[Batch]) -> float:
+            sums = [evaluate_batch(state, place_batch(batch)) for batch in batches]
+            return float(sum(float(s) for s, _ in sums) / max(sum(int(n) for _, n in sums), 1))
+
+        validation = held_out.in_order()[: corpus.evaluation_batches]
+        identity = {"model": dataclasses.asdict(model), "data": prepared.fingerprint, "seed": seed, "batch_size": corpus.pipeline.batch_size}
+        with CheckpointManager(workdir / "checkpoints", identity, keep_last=keep_checkpoints) as checkpoints:
+            state = train_loop(
+                state,
+                make_train_step(graphdef, model.text, optim, remat=remat),
+                training,
+                loop,
+                workdir=workdir,
+                checkpoints=checkpoints,
+                evaluate=lambda state: {"loss": mean_loss(state, validation)},
+                console=console,
+            )
+
+        console.print("evaluating captions with their media, without them, and with others'")
+        captions = {}
+        for medium in MEDIA:
+            parts = ablation(prepared.source("validation"), encoder, model, corpus.pipeline, medium)
+            captions[medium] = CaptionLoss(*(mean_loss(state, b) for b in (parts.intact, parts.removed, parts.swapped)))
+        console.print("writing samples")
+        samples = _samples(nnx.merge(graphdef, state.params, state.buffers), prepared, encoder, corpus, sampling, sample_tokens)
+        load = rows = None
+        if model.text.num_moe_layers:
+            load, rows = _routing_of(nnx.merge(graphdef, state.params, state.buffers), training[0])
+        if jax.process_index() == 0:
+            report = write_report(
+                workdir,
+                ReportData(
+                    title=title,
+                    facts={"parameters": f"{parameters:,}", "mesh": json.dumps(dict(mesh.shape)), "data": prepared.fingerprint},
+                    unigram_loss=unigram,
+                    captions=captions,
+                    samples=samples,
+                    expert_load=load,
+                    router_groups=model.text.router_n_groups,
+                    rows_per_device=rows,
+                    operative_config=gin.operative_config_str(),
+                ),
+            )
+            console.print(f"report: {report}")
+
+
+def _samples(
+    model: InternS1Pro, prepared: PreparedData, encoder: DocumentEncoder, corpus: PreparedCorpus, sampling: Sampling, new_tokens: int
+) -> list[Sample]:
+    """What the model makes of the beginnings of held-out documents."""
+    source = prepared.source("validation")
+    kinds: list[list[Document]] = [[], [], []]
+    for document in (source[index] for index in range(len(source))):
+        has = [any(isinstance(part, kind) for part in document.parts) for kind in (ImagePart, SignalPart)]
+        kinds[has.index(True) if any(has) else 2].append(document)
+    count = -(-corpus.samples // sharding.shards("batch")) * sharding.shards("batch")
+    chosen = [kind[(index // 3 * 37) % len(kind)] for index, kind in ((i, kinds[i % 3]) for i in range(count)) if kind]
+    chosen = chosen[: len(chosen) // sharding.shards("batch") * sharding.shards("batch")]
+    if not chosen:
+        return []
+    beginnings = prompts(chosen, encoder, model.config, corpus.pipeline.row)
+    stop = encoder.tokenizer.special(base.END_OF_TEXT)
+    result = generate(model, beginnings.inputs, new_tokens, sampling=sampling, stop_tokens=(stop,))
+    return [
+        Sample(shown, encoder.tokenizer.decode(result.tokens[row, : result.lengths[row]].tolist()), reference)
+        for row, (shown, reference) in enumerate(zip(beginnings.shown, beginnings.references, strict=True))
+    ]
+
+
+def _routing_of(model: InternS1Pro, batch: Batch) -> tuple[np.ndarray, list[int]]:
+    """Assignments of every expert [MoE layers, experts] in one batch, and the rows of expert products that each device of the
+    mesh had in the first MoE layer, counted from the routing that the model chose."""
+    text = model.config.text
+    routing_LBTGC = np.asarray(jax.jit(lambda m, i: m(i).routing_LBTGC)(model, place_batch(batch.inputs)))
+    experts = routing_LBTGC + text.experts_per_group * np.arange(text.router_n_groups)[:, None]
+    load = np.stack([np.bincount(layer.ravel(), minlength=text.num_experts) for layer in experts])
+    parts, ranks = sharding.axis_size("data", "fsdp"), sharding.axis_size("expert")
+    owner = experts[0].reshape(parts, -1) // (text.num_experts // ranks)
+    return load, [int((owner[part] == rank).sum()) for part in range(parts) for rank in range(ranks)]
