@@ -25,6 +25,7 @@ import orbax.checkpoint as ocp
 _TEMPORARY, _DELETED = "*.orbax-checkpoint-tmp", "deleted"
 _STATE, _MANIFEST = "state", "manifest"
 _LISTED = 8  # names shown in an error
+_OVERHEAD = 16_384  # bytes of metadata and blocks on disk for an array, at most
 
 
 class CheckpointError(RuntimeError):
@@ -100,7 +101,7 @@ class CheckpointManager:
         manifest = {"identity": self._identity, "extras": dict(extras or {}), "arrays": _describe(arrays)}
         if jax.process_index() == 0:
             self._sweep()
-            self._check_space(step, sum(x.nbytes for x in arrays.values()))
+            self._check_space(step, sum(x.nbytes + _OVERHEAD for x in arrays.values()))
         items = ocp.args.Composite(**{_STATE: ocp.args.PyTreeSave(arrays), _MANIFEST: ocp.args.JsonSave(manifest)})
         try:
             self._orbax.save(step, args=items, force=True)

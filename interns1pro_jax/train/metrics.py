@@ -11,12 +11,15 @@ import io
 import json
 import math
 import os
+import time
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import tensorboardX
+from tensorboardX.proto import event_pb2, summary_pb2
+from tensorboardX.record_writer import RecordWriter
 
 JSON_LINES, ARRAYS = "metrics.jsonl", "arrays.npz"
 
@@ -64,25 +67,34 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Event files in `tensorboard/`; TensorBoard hides what a continued run overwrites."""
+    """Event files in `tensorboard/`; TensorBoard hides what a continued run overwrites.
+
+    Events are written by the caller's thread, one for each step: a full disk is an exception there, not the end of a thread.
+    """
 
     def __init__(self, directory: Path):
         self._directory = directory / "tensorboard"
-        self._writer: Any = None
+        self._file: Any = None
 
     def start(self, step: int) -> None:
-        self._writer = tensorboardX.SummaryWriter(str(self._directory), purge_step=step + 1)
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._file = RecordWriter(str(self._directory / f"events.out.tfevents.{time.time_ns()}"))
+        self._add(file_version="brain.Event:2")
+        self._add(step=step + 1, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        for name, value in scalars.items():
-            self._writer.add_scalar(name, value, step)
+        values = [summary_pb2.Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
+        self._add(step=step, summary=summary_pb2.Summary(value=values))
 
     def flush(self) -> None:
-        self._writer.flush()
+        self._file.flush()
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        if self._file is not None:
+            self._file.close()
+
+    def _add(self, **content: Any) -> None:
+        self._file.write(event_pb2.Event(wall_time=time.time(), **content).SerializeToString())
 
 
 def read_records(directory: Path) -> list[dict[str, Any]]:
@@ -112,9 +124,12 @@ def read_arrays(directory: Path) -> dict[str, np.ndarray]:
 
 
 def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes arrays by name, at one stroke."""
+    """Writes arrays under any names (`np.savez` keeps some for itself), at one stroke."""
     content = io.BytesIO()
-    np.savez_compressed(content, **arrays)  # type: ignore[arg-type]  # mypy takes a name for `allow_pickle`
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w") as member:
+                np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
     replace(path, content.getvalue())
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from interns1pro_jax.checkpoint.manager import CheckpointError
 from interns1pro_jax.train.metrics import ARRAYS, Writer, write_npz
 from interns1pro_jax.train.progress import Progress
 
@@ -35,12 +37,14 @@ class Recorder:
     def start(self, step: int, tokens_seen: int) -> None:
         """Forgets what an earlier process recorded after `step`."""
         self._tokens_seen = tokens_seen
-        for writer in self._writers:
-            writer.start(step)
+        with self._disk():
+            for writer in self._writers:
+                writer.start(step)
 
     def close(self) -> None:
-        for writer in self._writers:
-            writer.close()
+        with self._disk():
+            for writer in self._writers:
+                writer.close()
 
     def restart_clock(self) -> None:
         """Leaves out of tokens/s the time that passed since the last record."""
@@ -59,10 +63,11 @@ class Recorder:
         if self._pending is not None:
             pending, self._pending = self._pending, None
             self._record(*pending, evaluate)
-        for writer in self._writers:
-            writer.flush()
-        if self._writers and self._arrays:
-            write_npz(self._workdir / ARRAYS, self._arrays)
+        with self._disk():
+            for writer in self._writers:
+                writer.flush()
+            if self._writers and self._arrays:
+                write_npz(self._workdir / ARRAYS, self._arrays)
 
     def _record(self, step: int, metrics: Metrics, batch: Any, evaluate: Callable[[], Mapping[str, float]] | None = None) -> None:
         values = {name: np.asarray(value) for name, value in jax.device_get(dict(metrics)).items()}
@@ -76,8 +81,9 @@ class Recorder:
         error = None if values["finite"] else self._nonfinite(step, values, batch)
         if error is None and evaluate is not None:
             record |= {f"eval/{name}": float(value) for name, value in evaluate().items()}
-        for writer in self._writers:
-            writer.write(step, record)
+        with self._disk():
+            for writer in self._writers:
+                writer.write(step, record)
         self._progress.update(step, record)
         self._skipped_in_a_row = 0 if values["finite"] else self._skipped_in_a_row
         if error is not None:
@@ -89,7 +95,8 @@ class Recorder:
         what = f"step {step}: loss={values['loss']}, gradient norm={values['grad_norm']}; the update was not applied"
         if self._writers and self._dumped < _DUMPS:
             self._dumped += 1
-            what += f", its batch and metrics are in {dump(self._workdir / 'dumps' / f'step_{step:08d}', batch, values)}"
+            with self._disk():
+                what += f", its batch and metrics are in {dump(self._workdir / 'dumps' / f'step_{step:08d}', batch, values)}"
         if self._skipped_in_a_row <= self._skip:
             self._progress.say(what)
             return None
@@ -97,6 +104,17 @@ class Recorder:
             f"{what}. {self._skipped_in_a_row} such steps in a row, {self._skip} are allowed (skip_nonfinite). Look at the batch, "
             "lower the learning rate or allow more; starting again continues from the last checkpoint."
         )
+
+    @contextlib.contextmanager
+    def _disk(self) -> Iterator[None]:
+        """What a failed write means for the user."""
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(
+                f"the records of the run cannot be written in {self._workdir} ({error.strerror}); free some space or make it writable, "
+                "then start again to continue from the last checkpoint."
+            ) from error
 
 
 def dump(directory: Path, batch: Any, metrics: Mapping[str, np.ndarray]) -> Path:

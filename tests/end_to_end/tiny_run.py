@@ -22,14 +22,14 @@ import numpy as np
 
 from interns1pro_jax.checkpoint.manager import CheckpointManager
 from interns1pro_jax.config import ModelConfig, TextConfig
-from interns1pro_jax.models.inputs import ModelInputs
+from interns1pro_jax.models.inputs import Batch, ModelInputs
 from interns1pro_jax.models.interns1pro import create_model
 from interns1pro_jax.optim.optimizer import OptimizerConfig, make_optimizer
 from interns1pro_jax.optim.schedule import warmup_stable_decay
 from interns1pro_jax.sharding import make_mesh
 from interns1pro_jax.train.loop import LoopConfig, train
 from interns1pro_jax.train.state import init_state
-from interns1pro_jax.train.step import Batch, make_train_step
+from interns1pro_jax.train.step import make_train_step
 
 STEPS, EVERY = 12, 3
 CONFIG = TextConfig(

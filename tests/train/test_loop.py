@@ -1,6 +1,7 @@
 """Laws of the loop, on a step that is only arithmetic: order, resumption, interruption, and what the files say."""
 
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -20,7 +21,7 @@ from interns1pro_jax.config import ConfigError
 from interns1pro_jax.sharding import make_mesh
 from interns1pro_jax.train.feed import Feed, place_batch
 from interns1pro_jax.train.loop import INTERRUPTED, Interrupted, LoopConfig, train
-from interns1pro_jax.train.metrics import read_arrays, read_records
+from interns1pro_jax.train.metrics import JsonLines, read_arrays, read_records
 from interns1pro_jax.train.recorder import NonFiniteError
 from interns1pro_jax.train.state import TrainState, add_tokens, count_tokens
 
@@ -221,6 +222,24 @@ def test_a_failed_save_ends_the_run_with_its_error(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=3))
     with pytest.raises(CheckpointError, match=r"step 4 .* and 3 are free"):
         run(tmp_path)
+
+
+def test_a_disk_that_fills_up_under_the_records_loses_nothing(tmp_path, monkeypatch):
+    run(tmp_path / "whole")
+    write = JsonLines.write
+
+    def full(self, step, scalars):
+        if step == 6:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, step, scalars)
+
+    with monkeypatch.context() as patch, pytest.raises(CheckpointError) as error:
+        patch.setattr(JsonLines, "write", full)
+        run(tmp_path / "broken")
+    for part in ("records", str(tmp_path / "broken"), "No space left on device", "free some space", "from the last checkpoint"):
+        assert part in str(error.value)
+    run(tmp_path / "broken")
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
 
 
 def test_an_unwritable_workdir_is_named_before_anything_runs(tmp_path):
