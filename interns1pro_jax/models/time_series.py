@@ -30,9 +30,8 @@ from interns1pro_jax.ops.varying import as_varying, varying_axes
 _EPS = 1e-5
 _ROW_TAPS, _PAIR_TAPS = 5, 3  # kernel sizes of the patch encoder's convolution and of the two after it
 # Rows encoded at a time: their widest activation has 2048 values per sample, which would take gigabytes for all rows at once.
-_CHUNK_ROWS = 32
+_CHUNK_ROWS = 16
 _ROW_WIDTHS = (16, 64)  # besides `patch_width`; patches of 100 Hz signals have 48 samples
-_ATTENTION_BLOCK = 512  # queries at a time
 
 
 def sinusoid_table(length: int, width: int) -> np.ndarray:
@@ -60,26 +59,30 @@ def _gelu(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x.astype(jnp.float32), approximate=False).astype(x.dtype)
 
 
-def _causal_attention(
-    q_PTQH: Float[Array, "P T Q H"], k_PTQH: Float[Array, "P T Q H"], v_PTQH: Float[Array, "P T Q H"], ids_PT: Int[Array, "P T"]
-) -> Float[Array, "P T Q H"]:
-    """Causal attention within a signal, a block of queries at a time: 240,000 samples below 6 Hz become 30,000 tokens, whose
-    scores would take tens of GiB at once."""
+# For the bodies of loops: the backward recomputes each from its input, one at a time.
+_recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
+
+
+def causal_attention(
+    q_PTQH: Float[Array, "P T Q H"], k_PTQH: Float[Array, "P T Q H"], v_PTQH: Float[Array, "P T Q H"],
+    ids_PT: Int[Array, "P T"], *, block: int = 512,
+) -> Float[Array, "P T Q H"]:  # fmt: skip
+    """Causal attention within a signal, `block` queries at a time: 240,000 samples below 6 Hz become 30,000 tokens, whose scores
+    would take tens of GiB at once."""
     P, T = ids_PT.shape
-    block = min(_ATTENTION_BLOCK, T)
+    block = min(block, T)
     blocks = -(-T // block)
 
     def split(x: jax.Array) -> jax.Array:
         x = jnp.pad(x, [(0, 0), (0, blocks * block - T)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(P, blocks, block, *x.shape[2:]), 1, 0)
 
-    @jax.checkpoint
     def attend(queries: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         q, ids, first = queries
         index = jnp.broadcast_to(first + jnp.arange(block), (P, block))
         return dot_product_attention(q, k_PTQH, v_PTQH, q_segment_ids=ids, kv_segment_ids=ids_PT, q_index=index, causal=True)
 
-    mixed = jax.lax.map(attend, (split(q_PTQH), split(ids_PT), jnp.arange(blocks) * block))
+    mixed = jax.lax.map(_recomputed(attend), (split(q_PTQH), split(ids_PT), jnp.arange(blocks) * block))
     return jnp.moveaxis(mixed, 0, 1).reshape(P, blocks * block, *q_PTQH.shape[2:])[:, :T]
 
 
@@ -155,14 +158,13 @@ def _encode_rows(
 
     branches: list[Callable[..., jax.Array]] = [skip, *(functools.partial(encode, width=w) for w in widths)]
 
-    @jax.checkpoint
     def encode_chunk(chunk_rows: tuple[jax.Array, jax.Array]) -> jax.Array:
         start, length = chunk_rows
         branch = jnp.searchsorted(jnp.array([0, *widths]), jnp.max(length))
         return jax.lax.switch(branch, branches, start, length)
 
     chunks = tuple(jnp.pad(x, (0, -rows % chunk)).reshape(-1, chunk) for x in (start_R, length_R))
-    encoded = jax.lax.map(encode_chunk, chunks)
+    encoded = jax.lax.map(_recomputed(encode_chunk), chunks)
     return encoded.reshape(-1, encoded.shape[-1])[:rows]
 
 
@@ -225,7 +227,7 @@ class EncoderLayer(nnx.Module):
         q_PTQH = _linear("ptd,dqh->ptqh", y_PTD, self.q_DQH, self.q_bias_QH)
         k_PTQH = _linear("ptd,dqh->ptqh", y_PTD, self.k_DQH)
         v_PTQH = _linear("ptd,dqh->ptqh", y_PTD, self.v_DQH, self.v_bias_QH)
-        mixed_PTQH = _causal_attention(q_PTQH, k_PTQH, v_PTQH, ids_PT)
+        mixed_PTQH = causal_attention(q_PTQH, k_PTQH, v_PTQH, ids_PT)
         x_PTD += _linear("ptqh,qhd->ptd", mixed_PTQH, self.out_QHD, self.out_bias_D)
         y_PTD = _layer_norm(x_PTD, self.mlp_norm_scale_D, self.mlp_norm_bias_D)
         hidden_PTF = _gelu(_linear("ptd,df->ptf", y_PTD, self.fc1_DF, self.fc1_bias_F))
@@ -312,12 +314,11 @@ class TimeSeriesTower(nnx.Module):
 
         graph, stack = nnx.split(self.layers)
 
-        @jax.checkpoint
         def apply_layer(x_PTD: jax.Array, layer: nnx.State) -> tuple[jax.Array, jax.Array | None]:
             x_PTD = nnx.merge(graph, layer)(x_PTD, ids_PT)
             return x_PTD, x_PTD if trace else None
 
-        x_PTD, layers = jax.lax.scan(apply_layer, x_PTD, stack)
+        x_PTD, layers = jax.lax.scan(_recomputed(apply_layer), x_PTD, stack)
         x_PTD = _layer_norm(x_PTD, self.norm_scale_D, self.norm_bias_D)
         encoded_PTE = _linear("ptd,de->pte", x_PTD, self.adapt_out_DE, self.adapt_out_bias_E)
         output = jnp.where(ids_PT[..., None] > 0, self.projector(encoded_PTE), 0)

@@ -96,7 +96,7 @@ def _as_samples(values: Any) -> np.ndarray:
     if len(bad):
         step, channel = bad[0]
         raise ValueError(
-            f"a signal has {len(bad)} values that are not finite, the first ({array[step, channel]}) at sample {step} of channel {channel}; "
+            f"a signal has {len(bad)} non-finite values, the first ({array[step, channel]}) at sample {step} of channel {channel}; "
             "fill or cut the gaps."
         )
     return array
@@ -235,10 +235,11 @@ def pack_time_series(
             f"the signals do not fit into the fixed sizes ({', '.join(short)}); raise the sizes or put fewer signals into a pack."
         )
     arrays = [_pack(pack, sizes) for pack in packs]
-    return TimeSeriesInputs(**{name: np.stack([a[name] for a in arrays]) for name in arrays[0]}, patch_width=sizes.patch_width)
+    stacked: dict[str, Any] = {name: np.stack([a[name] for a in arrays]) for name in arrays[0]}
+    return TimeSeriesInputs(**stacked, patch_width=sizes.patch_width)
 
 
-def _pack(signals: Sequence[Signal], sizes: TimeSeriesSizes) -> dict[str, Any]:
+def _pack(signals: Sequence[Signal], sizes: TimeSeriesSizes) -> dict[str, np.ndarray]:
     """The arrays of one pack, without the leading axis."""
     out = {
         "values": np.zeros(sizes.values, np.float32),
