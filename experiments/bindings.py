@@ -10,12 +10,12 @@ from typing import Any
 import gin
 import jax
 
-from experiments import train as _train
+from experiments.train import PreparedCorpus, train
 from interns1pro_jax import config, sharding
 from interns1pro_jax.data import packing, pipeline
 from interns1pro_jax.infer import sampling
 from interns1pro_jax.optim import optimizer, schedule
-from interns1pro_jax.train import loop
+from interns1pro_jax.train.loop import LoopConfig
 
 _DATACLASSES = (
     config.ModelConfig,
@@ -28,9 +28,9 @@ _DATACLASSES = (
     pipeline.PipelineConfig,
     sampling.Sampling,
     optimizer.OptimizerConfig,
-    loop.LoopConfig,
+    LoopConfig,
 )
-_FUNCTIONS = (sharding.make_mesh, schedule.warmup_stable_decay, schedule.constant, _train.train, _train.PreparedCorpus)
+_FUNCTIONS = (sharding.make_mesh, schedule.warmup_stable_decay, schedule.constant, train, PreparedCorpus)
 
 
 def register() -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import gin
 import jax
@@ -86,9 +87,12 @@ def train(
     if model.vision is None:
         raise ConfigError("the prepared data has images; give the model a vision tower (ModelConfig.vision).")
     if model.text.vocab_size < tokenizer.vocab_size:
-        raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} ids; TextConfig.vocab_size={model.text.vocab_size} must not be smaller.")
-    model = dataclasses.replace(model, **base.model_token_ids(tokenizer))
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.vocab_size} ids; TextConfig.vocab_size={model.text.vocab_size} must not be smaller."
+        )
     encoder = DocumentEncoder(tokenizer, model.vision, PixelBounds(corpus.smallest_image, corpus.largest_image))
+    token_ids: dict[str, Any] = {**base.model_token_ids(tokenizer)}
+    model = dataclasses.replace(model, **token_ids)
     console.print("measuring documents")
     training = PackedData(prepared.source("train"), encoder, model, corpus.pipeline)
     held_out = PackedData(prepared.source("validation"), encoder, model, corpus.pipeline)
@@ -109,7 +113,12 @@ def train(
             return float(sum(float(s) for s, _ in sums) / max(sum(int(n) for _, n in sums), 1))
 
         validation = held_out.in_order()[: corpus.evaluation_batches]
-        identity = {"model": dataclasses.asdict(model), "data": prepared.fingerprint, "seed": seed, "batch_size": corpus.pipeline.batch_size}
+        identity = {
+            "model": dataclasses.asdict(model),
+            "data": prepared.fingerprint,
+            "seed": seed,
+            "batch_size": corpus.pipeline.batch_size,
+        }
         with CheckpointManager(workdir / "checkpoints", identity, keep_last=keep_checkpoints) as checkpoints:
             state = train_loop(
                 state,

@@ -248,11 +248,11 @@ class TimeSeriesConfig:
         _check_divides("time-series d_model", self.d_model, "encoder_attention_heads", self.encoder_attention_heads)
         _require(
             self.ts_adapt_in_dim == 2 * self.PATCH_WIDTH,
-            f"ts_adapt_in_dim={self.ts_adapt_in_dim} must be {2 * self.PATCH_WIDTH}: two patch encodings of {self.PATCH_WIDTH} are concatenated.",
+            f"ts_adapt_in_dim={self.ts_adapt_in_dim} must be {2 * self.PATCH_WIDTH}: two patch encodings are concatenated.",
         )
         _require(
             self.ts_hidden_dim == self.ts_adapt_out_dim,
-            f"ts_hidden_dim={self.ts_hidden_dim} must equal ts_adapt_out_dim={self.ts_adapt_out_dim}: the projector reads the encoder's output.",
+            f"ts_hidden_dim={self.ts_hidden_dim} must equal ts_adapt_out_dim={self.ts_adapt_out_dim}: the encoder feeds the projector.",
         )
 
 
@@ -268,10 +268,16 @@ class Fp8Config:
     def from_hf(cls, where: str, content: Mapping[str, Any]) -> Fp8Config:
         """Reads `quantization_config`; only the released scheme (fp8, e4m3, dynamic activations, blocks) is supported."""
         for key, value in _FP8_FIXED.items():
-            _require(content.get(key, value) == value, f"{where}: quantization_config.{key}={content.get(key)!r} is not supported; only {value!r} is.")
+            _require(
+                content.get(key, value) == value,
+                f"{where}: quantization_config.{key}={content.get(key)!r} is not supported; only {value!r} is.",
+            )
         _reject_unknown(f"{where}: quantization_config", content, set(_FP8_FIXED) | {f.name for f in dataclasses.fields(cls)})
         block = tuple(content.get("weight_block_size") or (128, 128))
-        _require(len(block) == 2 and all(isinstance(b, int) and b > 0 for b in block), f"{where}: weight_block_size={block} must be two positive integers.")
+        _require(
+            len(block) == 2 and all(isinstance(b, int) and b > 0 for b in block),
+            f"{where}: weight_block_size={block} must be two positive integers.",
+        )
         return cls(block, content.get("scale_fmt"), tuple(content.get("modules_to_not_convert") or ()))
 
     def to_hf(self) -> dict[str, Any]:
@@ -338,7 +344,11 @@ class ModelConfig:
         _reject_unknown(where, content, _TOP_KEYS | {"text_config", "vision_config", "ts_config", "quantization_config"})
         _require("text_config" in content, f"{where}: text_config is missing.")
         default = content.get("dtype") or content.get("torch_dtype")
-        parts: dict[str, Any] = {"text": _read_text(f"{where}: text_config", content["text_config"], default), "vision": None, "time_series": None}
+        parts: dict[str, Any] = {
+            "text": _read_text(f"{where}: text_config", content["text_config"], default),
+            "vision": None,
+            "time_series": None,
+        }
         for name, key, kind, fixed in (
             ("vision", "vision_config", VisionConfig, _VISION_FIXED),
             ("time_series", "ts_config", TimeSeriesConfig, _TIME_SERIES_FIXED),
@@ -436,7 +446,9 @@ def _read_text(where: str, content: Any, dtype: str | None) -> TextConfig:
     count = counts[0] if counts[0] is not None else counts[1]
     values["fope"] = None  # Fourier encoding is on iff any of its keys is set (spec 2.3)
     if factor is not None or sep_head is not None or count is not None:
-        values["fope"] = FopeConfig(init_factor=FopeConfig.init_factor if factor is None else factor, sep_head=bool(sep_head), num_inv_freq=count)
+        values["fope"] = FopeConfig(
+            init_factor=FopeConfig.init_factor if factor is None else factor, sep_head=bool(sep_head), num_inv_freq=count
+        )
     if content.get("router_aux_loss_coef") is not None:
         values["router"] = RouterConfig(balance_coef=content["router_aux_loss_coef"])
     return TextConfig(**values)

@@ -45,9 +45,7 @@ def spec(*dims: str | None) -> PartitionSpec:
     return PartitionSpec(*(RULES[d] if d is not None else None for d in dims))
 
 
-def make_mesh(
-    data: int = 1, fsdp: int = 1, context: int = 1, expert: int = 1, devices: Sequence[jax.Device] | None = None
-) -> Mesh:
+def make_mesh(data: int = 1, fsdp: int = 1, context: int = 1, expert: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh of these sizes over `devices` (default: as many of the process's visible devices as the sizes multiply to).
 
     Raises:
@@ -66,9 +64,7 @@ def make_mesh(
         )
     if devices is None and wanted == len(visible):
         # Lets JAX lay the axes along the physical torus; an axis of 8 never equals a torus axis of 4k chips, hence the split.
-        return jax.make_mesh(
-            tuple(sizes.values()), AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=visible
-        )
+        return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=visible)
     return Mesh(np.asarray(visible[:wanted]).reshape(tuple(sizes.values())), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 

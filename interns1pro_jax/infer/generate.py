@@ -34,7 +34,7 @@ class Generation:
     """
 
     tokens: Int[Array, "B N"]
-    lengths: Int[Array, "B"]
+    lengths: Int[Array, B]
     logits: Float[Array, "B N V"] | None
     prompt_routing: Int[Array, "L B T G C"] | None
     routing: Int[Array, "L B N G C"] | None
@@ -76,7 +76,9 @@ def generate(
     graphdef, state = nnx.split(model)
     result = _generate(graphdef, state, inputs, jax.random.key(seed), max_new_tokens, sampling, stop_tokens, return_logits)
     along = Generation(tokens=0, lengths=0, logits=0, prompt_routing=1, routing=1)  # type: ignore[arg-type]
-    return jax.tree.map(lambda x, axis: None if x is None else np.asarray(x).take(np.arange(rows), axis), result, along, is_leaf=lambda x: x is None)
+    return jax.tree.map(
+        lambda x, axis: None if x is None else np.asarray(x).take(np.arange(rows), axis), result, along, is_leaf=lambda x: x is None
+    )
 
 
 def _pad_rows(inputs: ModelInputs, extra: int) -> ModelInputs:
@@ -85,7 +87,9 @@ def _pad_rows(inputs: ModelInputs, extra: int) -> ModelInputs:
         return inputs
     if inputs.vision is not None or inputs.time_series is not None:
         shards = sharding.shards("batch")
-        raise ValueError(f"{inputs.tokens.shape[0]} rows with media do not divide over {shards} batch shards; give a multiple of {shards} rows.")
+        raise ValueError(
+            f"{inputs.tokens.shape[0]} rows with media do not divide over {shards} batch shards; give a multiple of {shards} rows."
+        )
     return jax.tree.map(lambda x: np.concatenate([np.asarray(x), np.repeat(np.asarray(x)[-1:], extra, 0)]), inputs)
 
 
@@ -173,7 +177,7 @@ def _generate(
             segment_ids=jnp.where(done, 0, segment)[:, None],
         )
         out = model(step, cache=cache)
-        if result.routing is not None:
+        if result.routing is not None and out.routing_LBTGC is not None:
             result = dataclasses.replace(result, routing=write(result.routing, out.routing_LBTGC[:, :, 0], index - 1, 2))
         result, token, seen, done = record(result, out.hidden_BTD, seen, done, index)
         return index + 1, result, out.cache, token, seen, done

@@ -69,7 +69,7 @@ class Attention(nnx.Module):
         """Causal attention within documents; with a cache, over its slots (which this pass's keys and values join first)."""
         cfg, dtype = self.config, x_BTD.dtype
 
-        def project(kernel: nnx.Param, bias: str) -> jax.Array:
+        def project(kernel: nnx.Variable, bias: str) -> jax.Array:
             y = jnp.einsum("btd,dnh->btnh", x_BTD, kernel[...].astype(dtype))
             return y + getattr(self, bias)[...].astype(dtype) if cfg.attention_bias else y
 

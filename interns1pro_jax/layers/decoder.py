@@ -48,7 +48,7 @@ class LayerInputs:
     """Optional per-layer inputs of a run, with a leading layer axis: recorded routing and gradient probes (`layers.router`)."""
 
     replay_BTGC: Int[Array, "L B T G C"] | None = None
-    probe: Float[Array, "L"] | None = None
+    probe: Float[Array, L] | None = None
 
 
 class DecoderBlock(nnx.Module):
@@ -120,6 +120,10 @@ def run_blocks(
     return jax.lax.scan(REMAT[remat](body), x_BTD, (params, inputs))
 
 
+def _is_expert_weight(path: tuple[Any, ...], _: Any) -> bool:
+    return "moe" in path and path[-1] in ("wi_EDF", "wo_EFD")
+
+
 def run_blocks_cached(
     blocks: DecoderBlock,
     x_BTD: Float[Array, "B T D"],
@@ -131,19 +135,18 @@ def run_blocks_cached(
     trace: bool = False,
 ) -> tuple[Float[Array, "B T D"], tuple[jax.Array, jax.Array], BlockOutput]:
     """`run_blocks` over a key/value cache. Cache and expert weights are not sliced per layer but updated and read in place."""
-    graph, params = nnx.split(blocks)
-    experts = None
-    if "moe" in params:
-        moe = params["moe"]
-        experts = (moe["wi_EDF"][...], moe["wo_EFD"][...])
-        # The scan must not slice the expert weights, so each layer gets empty ones in their place.
-        params = nnx.State({**params, "moe": {**moe, "wi_EDF": moe["wi_EDF"].replace(experts[0][:, :0]), "wo_EFD": moe["wo_EFD"].replace(experts[1][:, :0])}})
+    experts: Any
+    graph, experts, *rest = nnx.split(blocks, _is_expert_weight, ...)
+    (params,) = rest
+    # The scan must not slice the expert weights: its blocks are merged with empty ones, and read the stack instead.
+    no_experts = jax.tree.map(lambda w: jnp.zeros((0, *w.shape[2:]), w.dtype), experts)
 
     def body(carry: tuple[jax.Array, jax.Array, jax.Array], layer: tuple[Any, LayerInputs, jax.Array]):
         x, keys, values = carry
         state, layer_inputs, index = layer
-        stack = None if experts is None else ExpertStack(*experts, index)
-        x, cache, out = nnx.merge(graph, state)(x, context, layer_inputs, LayerCache(keys, values, index), stack, trace=trace)
+        stack = ExpertStack(experts["moe"]["wi_EDF"][...], experts["moe"]["wo_EFD"][...], index) if experts else None
+        block = nnx.merge(graph, no_experts, state)
+        x, cache, out = block(x, context, layer_inputs, LayerCache(keys, values, index), stack, trace=trace)
         assert cache is not None
         return (x, cache.keys_LBSKH, cache.values_LBSKH), out
 

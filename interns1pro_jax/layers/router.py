@@ -41,8 +41,8 @@ class RouterStats:
       tokens: number of valid tokens.
     """
 
-    load_E: Float[Array, "E"]
-    mass_E: Float[Array, "E"]
+    load_E: Float[Array, E]
+    mass_E: Float[Array, E]
     z: Float[Array, ""]
     entropy: Float[Array, ""]
     logit_max: Float[Array, ""]

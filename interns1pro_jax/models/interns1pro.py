@@ -44,7 +44,7 @@ class InternS1Pro(nnx.Module):
         *,
         cache: KVCache | None = None,
         replay_LBTGC: Int[Array, "L B T G C"] | None = None,
-        probe_L: Float[Array, "L"] | None = None,
+        probe_L: Float[Array, L] | None = None,
         remat: str = "none",
         trace: bool = False,
     ) -> TextOutput:

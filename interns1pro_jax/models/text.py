@@ -119,7 +119,7 @@ class TextModel(nnx.Module):
         *,
         cache: KVCache | None = None,
         replay_LBTGC: Int[Array, "L B T G C"] | None = None,
-        probe_L: Float[Array, "L"] | None = None,
+        probe_L: Float[Array, L] | None = None,
         remat: str = "none",
         trace: bool = False,
     ) -> TextOutput:
@@ -140,7 +140,8 @@ class TextModel(nnx.Module):
         context = AttentionContext(cos, sin, segment_ids_BT)
         segments = None
         if cache is not None:
-            segments = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids_BT.astype(jnp.int32), (0, cache.length))
+            written = sharding.constrain(segment_ids_BT, "batch", None).astype(jnp.int32)
+            segments = jax.lax.dynamic_update_slice(cache.segment_ids, written, (0, cache.length))
             context = dataclasses.replace(context, cache_segment_ids=segments, slot=cache.length)
         outputs: list[BlockOutput] = []
         keys: list[jax.Array] = []

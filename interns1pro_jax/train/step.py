@@ -24,7 +24,7 @@ Metrics = dict[str, jax.Array]
 
 
 def loss_function(
-    model: InternS1Pro, batch: Batch, probe_L: Float[Array, "L"] | None = None, remat: str = "none"
+    model: InternS1Pro, batch: Batch, probe_L: Float[Array, L] | None = None, remat: str = "none"
 ) -> tuple[Float[Array, ""], Metrics]:
     """Mean loss over the batch's labels plus the router's auxiliary losses, and the step's metrics.
 

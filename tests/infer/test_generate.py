@@ -49,7 +49,9 @@ def test_greedy_decoding_equals_the_uncached_forward(model):
     np.testing.assert_array_equal(result.routing[:, :, :5], out.routing_LBTGC[:, :, 9:14])
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0, top_k=20, top_p=0.9, min_p=0.01, repetition_penalty=1.2)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(temperature=1.0, top_k=20, top_p=0.9, min_p=0.01, repetition_penalty=1.2)], ids=["greedy", "sampled"]
+)
 def test_rows_do_not_depend_on_each_other_or_on_the_side_of_padding(model, sampling):
     right, left = (generate(model, ragged(left=side), 5, sampling=sampling, seed=3) for side in (False, True))
     np.testing.assert_array_equal(right.tokens, left.tokens)

@@ -41,7 +41,9 @@ def test_samples_follow_the_filtered_distribution():
     assert (np.asarray(tokens) < 3).all()
 
 
-@pytest.mark.parametrize("options", [dict(temperature=-1), dict(top_p=0), dict(min_p=1), dict(repetition_penalty=0), dict(top_k=-1)], ids=str)
+@pytest.mark.parametrize(
+    "options", [dict(temperature=-1), dict(top_p=0), dict(min_p=1), dict(repetition_penalty=0), dict(top_k=-1)], ids=str
+)
 def test_impossible_options(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
         Sampling(**options)

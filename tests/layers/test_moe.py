@@ -20,14 +20,20 @@ MESHES = [{}, {"expert": 8}, {"fsdp": 2, "expert": 4}, {"fsdp": 4, "expert": 2},
 
 
 def weights(seed=0):
-    wi, wo = (jax.random.normal(jax.random.key(seed + i), s) for i, s in enumerate([(GROUPS * PER_GROUP, D, 2 * F), (GROUPS * PER_GROUP, F, D)]))
+    wi, wo = (
+        jax.random.normal(jax.random.key(seed + i), s) for i, s in enumerate([(GROUPS * PER_GROUP, D, 2 * F), (GROUPS * PER_GROUP, F, D)])
+    )
     return wi / D**0.5, wo / F**0.5
 
 
 def routings():
     """In-group ids [B, T, G, 1]: adversarial (all tokens to one expert of each group, or of one group), random."""
     random = np.random.default_rng(0).integers(0, PER_GROUP, (8, 6, GROUPS, 1))
-    return {"one expert": np.full_like(random, 2), "first group skewed": np.where(np.arange(GROUPS)[:, None] == 0, 3, random), "random": random}
+    return {
+        "one expert": np.full_like(random, 2),
+        "first group skewed": np.where(np.arange(GROUPS)[:, None] == 0, 3, random),
+        "random": random,
+    }
 
 
 def place(x, *dims):
@@ -37,7 +43,9 @@ def place(x, *dims):
 @jax.jit
 def layer(x, ids, w, wi, wo):
     routing = Routing(place(ids, "batch", "sequence", None, None), place(w, "batch", "sequence", None, None))
-    stack = ExpertStack(place(wi[None], None, "expert", "expert_embed", None), place(wo[None], None, "expert", None, "expert_embed"), jnp.int32(0))
+    stack = ExpertStack(
+        place(wi[None], None, "expert", "expert_embed", None), place(wo[None], None, "expert", None, "expert_embed"), jnp.int32(0)
+    )
     return expert_parallel_mlp(place(x, "batch", "sequence", None), routing, stack)
 
 
