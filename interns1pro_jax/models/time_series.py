@@ -194,7 +194,7 @@ def encode_pairs(encoder: PatchEncoder, inputs: TimeSeriesInputs) -> Float[Array
 
 def _with_neighbours(x_PIE: Float[Array, "P I E"], ids_PI: Int[Array, "P I"]) -> Float[Array, "P I 3 E"]:
     """Each position after its left and before its right neighbour, which are zero where they belong to another signal."""
-    same = ((ids_PI[:, 1:] == ids_PI[:, :-1]) & (ids_PI[:, 1:] != 0))[..., None]
+    same = (ids_PI[:, 1:] == ids_PI[:, :-1])[..., None]
     left = jnp.pad(jnp.where(same, x_PIE[:, :-1], 0), ((0, 0), (1, 0), (0, 0)))
     right = jnp.pad(jnp.where(same, x_PIE[:, 1:], 0), ((0, 0), (0, 1), (0, 0)))
     return jnp.stack([left, x_PIE, right], axis=2)
