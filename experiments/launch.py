@@ -7,14 +7,14 @@ is an error, so that a misspelt parameter never trains with a default.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import gin
 from absl import app, flags, logging
 
 from experiments import bindings
-from interns1pro_jax.checkpoint.manager import CheckpointError
+from interns1pro_jax.checkpoint.manager import CheckpointError, check_writable
 from interns1pro_jax.checkpoint.safetensors_io import CheckpointError as SafetensorsError
 from interns1pro_jax.config import ConfigError
 from interns1pro_jax.data.records import DataError
@@ -38,17 +38,31 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; bindings are given as --gin_param 'name = value'.")
     if not _GIN_FILE.value:
         raise app.UsageError("--gin_file is missing; the recipes are in configs/recipes/.")
-    workdir = Path(_WORKDIR.value or Path("runs") / Path(_GIN_FILE.value[0]).stem)
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # the libraries' accounts of every save would hide the progress
     bindings.register()
     gin.add_config_file_search_path(str(ROOT))
+    parse(_GIN_FILE.value, _GIN_PARAM.value)
+    run(Path(_WORKDIR.value or Path("runs") / Path(_GIN_FILE.value[0]).stem))
+
+
+def parse(files: Sequence[str], params: Sequence[str]) -> None:
+    """Reads recipes and bindings; ends the process with one line where they are wrong."""
+    for file in files:
+        if not Path(file).is_file() and not (ROOT / file).is_file():
+            recipes = ", ".join(sorted(path.name for path in (ROOT / "configs" / "recipes").glob("*.gin")))
+            sys.exit(f"error: there is no recipe {file}; configs/recipes has {recipes}.")
     try:
-        gin.parse_config_files_and_bindings(_GIN_FILE.value, _GIN_PARAM.value)
-    except (OSError, SyntaxError, ValueError) as error:
+        gin.parse_config_files_and_bindings(list(files), list(params))
+    except (OSError, SyntaxError, TypeError, ValueError) as error:  # gin's search for an absent include ends in a TypeError
         sys.exit(f"error in the recipe: {error}")
+
+
+def run(workdir: Path) -> None:
+    """Runs what was parsed; ends the process with one line where the configuration, the data or the disk is at fault."""
     try:
         bindings.platform()
+        check_writable(workdir)
         launch(workdir)
     except (ConfigError, CheckpointError, SafetensorsError, DataError, NonFiniteError) as error:
         sys.exit(f"error: {error}")

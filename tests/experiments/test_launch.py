@@ -1,0 +1,67 @@
+"""Recipes: every one parses, and what is wrong with one is said in a line."""
+
+from pathlib import Path
+
+import gin
+import pytest
+
+from experiments import bindings, launch
+from interns1pro_jax.config import ModelConfig
+
+RECIPES = sorted((launch.ROOT / "configs" / "recipes").glob("*.gin"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    bindings.register()
+    gin.add_config_file_search_path(str(launch.ROOT))
+    yield
+    gin.clear_config(clear_constants=True)
+
+
+@pytest.fixture(autouse=True)
+def cleared():
+    gin.clear_config()
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipes_parse_and_say_what_they_are(recipe):
+    gin.parse_config_file(str(recipe))
+    model = gin.get_configurable("ModelConfig")()
+    assert type(model) is ModelConfig and model.text.router_n_groups == 8
+    head = recipe.read_text()[:1000]
+    assert all(word in head for word in ("# What:", "# Command:", "# Hardware:"))
+
+
+@pytest.mark.parametrize(
+    ("binding", "message"),
+    [
+        ("LoopConfig.step = 3", "doesn't have a parameter named 'step'"),
+        ("Loop.steps = 3", "No configurable matching 'Loop'"),
+        ("LoopConfig.steps =", "Unable to parse value"),
+        ("include 'configs/recipes/absent.gin'", "absent.gin"),
+    ],
+)
+def test_wrong_bindings_end_with_one_line(binding, message):
+    with pytest.raises(SystemExit) as stop:
+        launch.parse([str(RECIPES[0])], [binding])
+    assert message in str(stop.value.code)
+
+
+def test_an_absent_recipe_is_named_with_those_there_are():
+    with pytest.raises(SystemExit, match=r"there is no recipe configs/recipes/absent\.gin; configs/recipes has .*demo\.gin"):
+        launch.parse(["configs/recipes/absent.gin"], [])
+
+
+def test_errors_of_a_run_end_with_one_line(tmp_path):
+    launch.parse([str(launch.ROOT / "configs/recipes/demo.gin")], [f"PreparedCorpus.directory = '{tmp_path}'", "make_mesh.expert = 3"])
+    with pytest.raises(SystemExit, match=r"error: the mesh data=1 x fsdp=1 x context=1 x expert=3|error: .* holds no prepared data"):
+        launch.run(tmp_path)
+
+
+def test_unwritable_workdir_is_named(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    launch.parse([str(launch.ROOT / "configs/recipes/demo.gin")], [])
+    with pytest.raises(SystemExit, match=f"error: .*{blocked}"):
+        launch.run(Path(blocked) / "run")
