@@ -46,13 +46,13 @@ class TimeSeriesInputs:
       values: the samples of all signals of a pack, each signal as its contiguous [length, channels] memory, zero-padded at its
         end to a whole number of patches (spec 4.1).
       row_start: where each row of the patch encoder starts in `values`. A row is one of the C runs of `patch` consecutive
-        values that make up a [patch, C] block (the memory reinterpretation of spec 4.2).
+        values that make up a [patch, C] block (the memory reinterpretation of spec 4.2). Longer rows come first.
       row_length: samples in the row (the patch length of its signal); 0 for padding.
       row_patch: index of the patch that the row belongs to; patches 2i and 2i+1 are concatenated (spec 4.3).
       row_weight: 1 / channels, the weight of the row in its patch's mean; 0 for padding.
       pair_ids: 1, 2, ... for the patch pairs of one signal, 0 for padding. A signal starts at an even pair.
       pair_position: index of the pair within its signal.
-      patch_width: static upper bound of `row_length`; rows are processed at this width.
+      patch_width: static upper bound of `row_length`; rows are processed at this width at most.
 
     The tower turns pairs 2t and 2t+1 into the embedding t, which is padding where `pair_ids[2t]` is 0.
     """

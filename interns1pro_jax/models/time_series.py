@@ -214,13 +214,13 @@ class EncoderLayer(nnx.Module):
             return parameter(rngs, init, shape, (None,) * len(shape), config.param_dtype)
 
         self.attention_norm_scale_D, self.attention_norm_bias_D = vector(D, init=ones), vector(D)
-        self.q_DQH, self.q_bias_QH = matrix((D, Q, H), "embed", None, None), vector(Q, H)
-        self.k_DQH = matrix((D, Q, H), "embed", None, None)
-        self.v_DQH, self.v_bias_QH = matrix((D, Q, H), "embed", None, None), vector(Q, H)
-        self.out_QHD, self.out_bias_D = matrix((Q, H, D), None, None, "embed"), vector(D)
+        self.q_DQH, self.q_bias_QH = matrix((D, Q, H), "tower_embed", None, None), vector(Q, H)
+        self.k_DQH = matrix((D, Q, H), "tower_embed", None, None)
+        self.v_DQH, self.v_bias_QH = matrix((D, Q, H), "tower_embed", None, None), vector(Q, H)
+        self.out_QHD, self.out_bias_D = matrix((Q, H, D), None, None, "tower_embed"), vector(D)
         self.mlp_norm_scale_D, self.mlp_norm_bias_D = vector(D, init=ones), vector(D)
-        self.fc1_DF, self.fc1_bias_F = matrix((D, F), "embed", None), vector(F)
-        self.fc2_FD, self.fc2_bias_D = matrix((F, D), None, "embed"), vector(D)
+        self.fc1_DF, self.fc1_bias_F = matrix((D, F), "tower_embed", None), vector(F)
+        self.fc2_FD, self.fc2_bias_D = matrix((F, D), None, "tower_embed"), vector(D)
 
     def __call__(self, x_PTD: Float[Array, "P T D"], ids_PT: Int[Array, "P T"]) -> Float[Array, "P T D"]:
         y_PTD = _layer_norm(x_PTD, self.attention_norm_scale_D, self.attention_norm_bias_D)
@@ -247,8 +247,8 @@ class Projector(nnx.Module):
             return parameter(rngs, init, (size,), (None,), config.param_dtype)
 
         self.norm_scale_D, self.norm_bias_D = vector(D, ones), vector(D)
-        self.fc1_DF, self.fc1_bias_F = matrix((D, F), "embed", None), vector(F)
-        self.fc2_FD, self.fc2_bias_D = matrix((F, F), None, "embed"), vector(F)
+        self.fc1_DF, self.fc1_bias_F = matrix((D, F), "tower_embed", None), vector(F)
+        self.fc2_FD, self.fc2_bias_D = matrix((F, F), None, "tower_embed"), vector(F)
 
     def __call__(self, x_PTD: Float[Array, "P T D"]) -> Float[Array, "P T out"]:
         y_PTD = _layer_norm(x_PTD, self.norm_scale_D, self.norm_bias_D)
@@ -271,13 +271,13 @@ class TimeSeriesTower(nnx.Module):
 
         self.patch_encoder = PatchEncoder(config, rngs=rngs)
         # Up to the encoder by the fan-in, so that in a fresh model the signal is as loud as its positions.
-        self.adapt_in_ED = matrix((patches, mels), "embed", None, stddev=patches**-0.5)
+        self.adapt_in_ED = matrix((patches, mels), "tower_embed", None, stddev=patches**-0.5)
         self.adapt_in_bias_D = vector(mels)
-        self.conv1_XDE = matrix((_PAIR_TAPS, mels, D), None, None, "embed", stddev=(_PAIR_TAPS * mels) ** -0.5)
+        self.conv1_XDE = matrix((_PAIR_TAPS, mels, D), None, None, "tower_embed", stddev=(_PAIR_TAPS * mels) ** -0.5)
         self.conv1_bias_E = vector(D)
-        self.conv2_XEE = matrix((_PAIR_TAPS, D, D), None, None, "embed", stddev=(_PAIR_TAPS * D) ** -0.5)
+        self.conv2_XEE = matrix((_PAIR_TAPS, D, D), None, None, "tower_embed", stddev=(_PAIR_TAPS * D) ** -0.5)
         self.conv2_bias_E = vector(D)
-        self.position_ND = matrix((config.max_source_positions, D), None, "embed")
+        self.position_ND = matrix((config.max_source_positions, D), None, "tower_embed")
 
         @nnx.vmap(in_axes=0, out_axes=0)
         def make_layer(key: jax.Array) -> EncoderLayer:
@@ -285,7 +285,7 @@ class TimeSeriesTower(nnx.Module):
 
         self.layers = make_layer(jax.random.split(rngs.params(), config.encoder_layers))
         self.norm_scale_D, self.norm_bias_D = vector(D, ones), vector(D)
-        self.adapt_out_DE, self.adapt_out_bias_E = matrix((D, out), "embed", None), vector(out)
+        self.adapt_out_DE, self.adapt_out_bias_E = matrix((D, out), "tower_embed", None), vector(out)
         self.projector = Projector(config, rngs=rngs)
 
     @overload

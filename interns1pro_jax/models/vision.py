@@ -29,9 +29,9 @@ class VisionTower(nnx.Module):
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
         d, dtype, init = config.hidden_size, config.param_dtype, normal(config.initializer_range)
         self.config = config
-        self.patch_kernel_ID = parameter(rngs, init, (config.patch_dim, d), (None, "embed"), dtype)
+        self.patch_kernel_ID = parameter(rngs, init, (config.patch_dim, d), (None, "tower_embed"), dtype)
         self.patch_bias_D = parameter(rngs, zeros, (d,), (None,), dtype)
-        self.position_ND = parameter(rngs, init, (config.num_position_embeddings, d), (None, "embed"), dtype)
+        self.position_ND = parameter(rngs, init, (config.num_position_embeddings, d), (None, "tower_embed"), dtype)
 
         @nnx.vmap(in_axes=0, out_axes=0)
         def stack(key: jax.Array) -> VisionBlock:
@@ -94,15 +94,15 @@ class VisionBlock(nnx.Module):
         self.config = config
         self.norm1_scale_D = parameter(rngs, ones, (d,), (None,), dtype)
         self.norm1_bias_D = parameter(rngs, zeros, (d,), (None,), dtype)
-        self.qkv_DCQH = parameter(rngs, init, (d, 3, q, h), ("embed", None, None, None), dtype)
+        self.qkv_DCQH = parameter(rngs, init, (d, 3, q, h), ("tower_embed", None, None, None), dtype)
         self.qkv_bias_CQH = parameter(rngs, zeros, (3, q, h), (None, None, None), dtype)
-        self.proj_QHD = parameter(rngs, init, (q, h, d), (None, None, "embed"), dtype)
+        self.proj_QHD = parameter(rngs, init, (q, h, d), (None, None, "tower_embed"), dtype)
         self.proj_bias_D = parameter(rngs, zeros, (d,), (None,), dtype)
         self.norm2_scale_D = parameter(rngs, ones, (d,), (None,), dtype)
         self.norm2_bias_D = parameter(rngs, zeros, (d,), (None,), dtype)
-        self.fc1_DF = parameter(rngs, init, (d, f), ("embed", None), dtype)
+        self.fc1_DF = parameter(rngs, init, (d, f), ("tower_embed", None), dtype)
         self.fc1_bias_F = parameter(rngs, zeros, (f,), (None,), dtype)
-        self.fc2_FD = parameter(rngs, init, (f, d), (None, "embed"), dtype)
+        self.fc2_FD = parameter(rngs, init, (f, d), (None, "tower_embed"), dtype)
         self.fc2_bias_D = parameter(rngs, zeros, (d,), (None,), dtype)
 
     def __call__(
@@ -136,9 +136,9 @@ class VisionMerger(nnx.Module):
         self.config = config
         self.norm_scale_D = parameter(rngs, ones, (d,), (None,), dtype)
         self.norm_bias_D = parameter(rngs, zeros, (d,), (None,), dtype)
-        self.fc1_EF = parameter(rngs, init, (e, e), ("embed", None), dtype)
+        self.fc1_EF = parameter(rngs, init, (e, e), ("tower_embed", None), dtype)
         self.fc1_bias_F = parameter(rngs, zeros, (e,), (None,), dtype)
-        self.fc2_FD = parameter(rngs, init, (e, out), (None, "embed"), dtype)
+        self.fc2_FD = parameter(rngs, init, (e, out), (None, "tower_embed"), dtype)
         self.fc2_bias_D = parameter(rngs, zeros, (out,), (None,), dtype)
 
     def __call__(self, x_PID: Float[Array, "P I D"]) -> tuple[Float[Array, "P tokens out"], Float[Array, "P I D"]]:
