@@ -15,6 +15,6 @@ def test_released_sizes_and_shardings():
     totals = {name: sum(x.size for x in jax.tree.leaves(nnx.state(getattr(model, name)))) for name in ("text", "vision", "time_series")}
     coefficients = 2 * 4 * 45 * 45
     assert totals == {"text": 916_555_836_928 + coefficients, "vision": 339_807_232, "time_series": 145_973_200}
-    experts = model.text.runs[0].moe.wi_EDF[...]
+    experts = model.text.runs[0].moe.wi_EDF.get_value()
     assert experts.shape == (94, 512, 4096, 3072)
     assert experts.sharding.spec == PartitionSpec(None, ("expert",), ("fsdp",), None)
