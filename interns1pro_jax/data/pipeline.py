@@ -18,11 +18,10 @@ from interns1pro_jax.data.encoding import DocumentEncoder, Tokens
 from interns1pro_jax.data.packing import Row, RowSize, plan_rows
 from interns1pro_jax.data.quarantine import Quarantine
 from interns1pro_jax.data.records import DataError, Document
-from interns1pro_jax.models.inputs import ModelInputs
+from interns1pro_jax.models.inputs import Batch, ModelInputs
 from interns1pro_jax.models.time_series_inputs import Signal, pack_time_series
 from interns1pro_jax.models.vision_inputs import VisionItem, pack_vision
 from interns1pro_jax.ops.losses import IGNORED
-from interns1pro_jax.train.step import Batch
 
 
 class DocumentSource(Protocol):

@@ -15,8 +15,7 @@ from interns1pro_jax.data.packing import RowSize
 from interns1pro_jax.data.pipeline import AssembledRow, DocumentSource, PackedData, PipelineConfig, collate
 from interns1pro_jax.data.records import Document, ImagePart, SignalPart
 from interns1pro_jax.data.sources import DocumentList
-from interns1pro_jax.models.inputs import ModelInputs
-from interns1pro_jax.train.step import Batch
+from interns1pro_jax.models.inputs import Batch, ModelInputs
 
 MEDIA = {"image": ImagePart, "signal": SignalPart}
 _GREY = 128

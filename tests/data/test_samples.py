@@ -75,7 +75,7 @@ def test_drawings_show_heteroatoms_in_their_colours():
     rdkit = molecules._rdkit()
 
     def coloured(smiles):
-        pixels = molecules.draw(chem.MolFromSmiles(smiles)).astype(int)
+        pixels = molecules.draw(chem.MolFromSmiles(smiles), 60).astype(int)
         assert pixels.shape == (molecules.DRAWING_SIDE, molecules.DRAWING_SIDE, 3)
         red, green, blue = np.moveaxis(pixels, -1, 0)
         return (red > green + 100).any(), (blue > red + 100).any()

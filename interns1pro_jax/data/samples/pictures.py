@@ -17,6 +17,7 @@ from interns1pro_jax.data.samples.packages import Archives, Sample
 SOURCE_PICTURES, SOURCE_DIGITS = "pictures", "digits"
 TILE = 96  # pixels
 _SHORT_SIDE = 3 * TILE
+_ENLARGED = (1, 8)  # digits are shown at two sizes
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _SKIMAGE, _SKLEARN = "scikit-image", "scikit-learn"
 # (package, file, kind, what it shows): the last two from the documentation of the package.
@@ -45,7 +46,7 @@ _PICTURES = (
 
 
 def samples(archives: Archives) -> Iterator[Sample]:
-    """Tiles of the pictures (a picture is a group), then the digits (each is its own group)."""
+    """Tiles of the pictures (a picture is a group), then the digits, each at two sizes (a digit is a group)."""
     for package, file, kind, title in _PICTURES:
         with Image.open(io.BytesIO(archives.read(package, file))) as image:
             tiles = list(_tiles(image))
@@ -53,8 +54,14 @@ def samples(archives: Archives) -> Iterator[Sample]:
             parts = (TextPart("Image: "), ImagePart(tile), TextPart(f" {kind}, {_look(tile)}: {title}"))
             yield Sample(file, Document(parts, SOURCE_PICTURES, archives.licence(package), f"{file}[{number}]", ("image", "picture")))
     for number, (digit, pixels) in enumerate(_digits(archives)):
-        parts = (TextPart("Image: "), ImagePart(pixels), TextPart(f" Handwritten digit: {digit}"))
-        yield Sample(f"digit {number}", Document(parts, SOURCE_DIGITS, archives.licence(_SKLEARN), str(number), ("image", "digit")))
+        for enlarged in _ENLARGED:
+            parts = (
+                TextPart("Image: "),
+                ImagePart(pixels.repeat(enlarged, 0).repeat(enlarged, 1)),
+                TextPart(f" Handwritten digit: {digit}"),
+            )
+            identifier = f"{number} x{enlarged}"
+            yield Sample(f"digit {number}", Document(parts, SOURCE_DIGITS, archives.licence(_SKLEARN), identifier, ("image", "digit")))
 
 
 def _tiles(image: Image.Image) -> Iterator[np.ndarray]:
@@ -80,8 +87,8 @@ def _look(pixels: np.ndarray) -> str:
 
 
 def _digits(archives: Archives) -> Iterator[tuple[str, np.ndarray]]:
-    """(digit in words, pixels [8, 8, 3]); the table has 64 grey levels of 0..16, ink being 16, and the digit."""
+    """(digit in words, pixels [8, 8, 3]); the table has 64 grey levels of 0..16, ink being 16, and the digit. Ink is white on mid-grey."""
     table = np.loadtxt(io.BytesIO(gzip.decompress(archives.read(_SKLEARN, "sklearn/datasets/data/digits.csv.gz"))), delimiter=",")
     for row in table:
-        levels = np.rint(255 - row[:64].reshape(8, 8) * (255 / 16)).astype(np.uint8)
+        levels = np.rint(128 + row[:64].reshape(8, 8) * (127 / 16)).astype(np.uint8)
         yield _DIGITS[int(row[64])], np.repeat(levels[..., None], 3, axis=-1)

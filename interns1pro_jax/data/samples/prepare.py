@@ -40,11 +40,11 @@ class Expectation:
 
 
 EXPECTED = {
-    prose.SOURCE: Expectation(1126, 0.05),
-    molecules.SOURCE_VALUES: Expectation(1905, 0.08, 0.01),
-    molecules.SOURCE_DRAWINGS: Expectation(3994, 0.08, 0.01),
+    prose.SOURCE: Expectation(971, 0.05),
+    molecules.SOURCE_VALUES: Expectation(1750, 0.08, 0.01),
+    molecules.SOURCE_DRAWINGS: Expectation(4224, 0.08, 0.01),
     pictures.SOURCE_PICTURES: Expectation(219, 0.15),
-    pictures.SOURCE_DIGITS: Expectation(1797, 0.1),
+    pictures.SOURCE_DIGITS: Expectation(3594, 0.1),
     signals.SOURCE_RECORDINGS: Expectation(861, 0.12),
     signals.SOURCE_SERIES: Expectation(2969, 0.1),
 }

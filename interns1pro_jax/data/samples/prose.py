@@ -12,11 +12,11 @@ from interns1pro_jax.data.samples.packages import Archives, Sample
 SOURCE = "prose"
 _PACKAGES = ("sympy", "mpmath", "networkx", "scipy", "scikit-learn", "scikit-image")
 _FORMULA = re.compile(r":math:`|\.\. math::|\$[^$\n]+\$")
-_SHORTEST = 400
+_SHORTEST, _LONGEST = 400, 3000  # characters
 
 
 def samples(archives: Archives) -> Iterator[Sample]:
-    """Every docstring of some length with a formula in it, once. A module is a group: its docstrings share sentences."""
+    """Every docstring of moderate length with a formula in it, once. A module is a group: its docstrings share sentences."""
     seen: set[str] = set()
     for package in _PACKAGES:
         for file in archives.names(package):
@@ -27,7 +27,7 @@ def samples(archives: Archives) -> Iterator[Sample]:
                 continue
             for name, text in _docstrings(source):
                 text = without_examples(text)
-                if len(text) >= _SHORTEST and _FORMULA.search(text) and text not in seen:
+                if _SHORTEST <= len(text) <= _LONGEST and _FORMULA.search(text) and text not in seen:
                     seen.add(text)
                     parts = (TextPart(f"{name}\n\n{text}" if name else text),)
                     yield Sample(file, Document(parts, SOURCE, archives.licence(package), f"{file}:{name}", ("text", package)))
