@@ -34,6 +34,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2"],
         "gpu": ["jax[cuda12]>=0.10.2"],
+        "demo": ["rdkit>=2025.9", "pymseed>=1.0"],
         "test": ["pytest>=8", "pytest-xdist>=3.6", "safetensors>=0.6", "ruff>=0.12", "mypy>=1.15"],
     },
 )
