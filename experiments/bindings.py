@@ -61,9 +61,9 @@ def platform(emulated_cpu_devices: int | None = None, xla_flags: Sequence[str] =
       emulated_cpu_devices: run on this many emulated CPU devices instead of the accelerators present.
       xla_flags: added to XLA_FLAGS; libtpu_flags: added to LIBTPU_INIT_ARGS.
     """
+    if emulated_cpu_devices is not None:
+        xla_flags = (*xla_flags, f"--xla_force_host_platform_device_count={emulated_cpu_devices}")
+        jax.config.update("jax_platforms", "cpu")
     for variable, added in (("XLA_FLAGS", xla_flags), ("LIBTPU_INIT_ARGS", libtpu_flags)):
         if added:
             os.environ[variable] = " ".join([os.environ.get(variable, ""), *added]).strip()
-    if emulated_cpu_devices is not None:
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", emulated_cpu_devices)
