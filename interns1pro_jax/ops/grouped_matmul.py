@@ -1,34 +1,237 @@
 """Products of rows with the matrix of their group: the expert layers.
 
-`grouped_matmul` is the one entry. Its cost is that of its FLOPs: on CPU a loop over blocks of rows, elsewhere
-`jax.lax.ragged_dot`. `grouped_matmul_reference` is the dense oracle.
+`grouped_matmul` is the one entry; its cost is that of its FLOPs. Three products make it and its gradients: rows with matrices,
+rows with transposed matrices (input gradient), and rows with rows (weight gradient). On CPU each is a loop over blocks of rows,
+elsewhere `jax.lax.ragged_dot`. `grouped_matmul_reference` is the dense oracle.
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from interns1pro_jax.ops.varying import as_varying, match_varying, varying_axes
 
-def grouped_matmul_reference(
-    lhs_MK: Float[Array, "M K"], rhs_GKN: Float[Array, "G K N"], group_sizes_G: Int[Array, " G"],
-    *, group_offset: int | Int[Array, ""] | None = None, preferred_element_type: jnp.dtype | None = None,
-) -> Float[Array, "M N"]:  # fmt: skip
-    """The product by its definition: every group's matrix on every row, of which one is kept."""
-    ends = jnp.cumsum(group_sizes_G)
-    group_M = jnp.searchsorted(ends, jnp.arange(lhs_MK.shape[0]), side="right")
-    mine_MG = group_M[:, None] == jnp.arange(group_sizes_G.size)
-    offset = 0 if group_offset is None else group_offset
-    used_GKN = jax.lax.dynamic_slice_in_dim(rhs_GKN, offset, group_sizes_G.size)
-    products_GMN = jnp.einsum("mk,gkn->gmn", lhs_MK, used_GKN, preferred_element_type=preferred_element_type)
-    return jnp.einsum("gmn,mg->mn", products_GMN, mine_MG.astype(products_GMN.dtype))
+Carry = TypeVar("Carry")
+Dtype = jnp.dtype
 
 
 def grouped_matmul(
-    lhs_MK: Float[Array, "M K"], rhs_GKN: Float[Array, "G K N"], group_sizes_G: Int[Array, " G"],
-    *, group_offset: int | Int[Array, ""] | None = None, preferred_element_type: jnp.dtype | None = None,
-) -> Float[Array, "M N"]:  # fmt: skip
-    return grouped_matmul_reference(
-        lhs_MK, rhs_GKN, group_sizes_G, group_offset=group_offset, preferred_element_type=preferred_element_type
+    lhs_MK: Float[Array, "M K"],
+    rhs_GKN: Float[Array, "G K N"],
+    group_sizes_G: Int[Array, " G_used"],
+    *,
+    group_offset: int | Int[Array, ""] | None = None,
+    preferred_element_type: Dtype | None = None,
+) -> Float[Array, "M N"]:
+    """Each row times the matrix of its group. Differentiable in `lhs_MK` and `rhs_GKN`.
+
+    Args:
+      lhs_MK: rows, sorted by group; their dtype is that of the products (accumulated in fp32).
+      rhs_GKN: one matrix per group, of any floating dtype.
+      group_sizes_G: rows of each group; they must sum to M. Empty groups get a gradient of exactly zero.
+      group_offset: matrix of the first group, so that a stack of many layers' experts is read in place.
+      preferred_element_type: dtype of the result; default that of `lhs_MK`.
+    """
+    offset = jnp.asarray(0 if group_offset is None else group_offset, jnp.int32)
+    dtype = jnp.dtype(preferred_element_type or lhs_MK.dtype)
+    return _grouped_matmul(dtype, *match_varying(lhs_MK, rhs_GKN, group_sizes_G, offset))
+
+
+def grouped_matmul_reference(
+    lhs_MK: Float[Array, "M K"],
+    rhs_GKN: Float[Array, "G K N"],
+    group_sizes_G: Int[Array, " G_used"],
+    *,
+    group_offset: int | Int[Array, ""] | None = None,
+    preferred_element_type: Dtype | None = None,
+) -> Float[Array, "M N"]:
+    """`grouped_matmul` by its definition: every matrix times every row, of which one product is kept."""
+    group_M = jnp.searchsorted(jnp.cumsum(group_sizes_G), jnp.arange(lhs_MK.shape[0]), side="right")
+    mine_MG = group_M[:, None] == jnp.arange(group_sizes_G.size)
+    used_GKN = jax.lax.dynamic_slice_in_dim(rhs_GKN, 0 if group_offset is None else group_offset, group_sizes_G.size)
+    products_GMN = jnp.einsum("mk,gkn->gmn", lhs_MK, used_GKN.astype(lhs_MK.dtype), preferred_element_type=jnp.float32)
+    return jnp.einsum("gmn,mg->mn", products_GMN, mine_MG.astype(jnp.float32)).astype(preferred_element_type or lhs_MK.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _grouped_matmul(dtype: Dtype, lhs_MK: Array, rhs_GKN: Array, sizes_G: Array, offset: Array) -> Array:
+    return _product(lhs_MK, rhs_GKN, sizes_G, offset, transposed=False, dtype=dtype)
+
+
+def _forward(dtype: Dtype, lhs_MK: Array, rhs_GKN: Array, sizes_G: Array, offset: Array):  # type: ignore[no-untyped-def]
+    return _grouped_matmul(dtype, lhs_MK, rhs_GKN, sizes_G, offset), (lhs_MK, rhs_GKN, sizes_G, offset)
+
+
+def _backward(dtype: Dtype, saved: tuple[Array, ...], grad_MN: Array):  # type: ignore[no-untyped-def]
+    lhs_MK, rhs_GKN, sizes_G, offset = saved
+    grad_MN = grad_MN.astype(lhs_MK.dtype)
+    grad_lhs_MK = _product(grad_MN, rhs_GKN, sizes_G, offset, transposed=True, dtype=lhs_MK.dtype)
+    grad_rhs_GKN = _weight_gradient(lhs_MK, grad_MN, sizes_G, offset, rhs_GKN.shape[0], dtype=rhs_GKN.dtype)
+    return grad_lhs_MK, grad_rhs_GKN, None, None
+
+
+_grouped_matmul.defvjp(_forward, _backward)
+
+
+def _product(lhs_MK: Array, rhs: Array, sizes_G: Array, offset: Array, *, transposed: bool, dtype: Dtype) -> Array:
+    """Rows times the [K, N] matrix of their group, or times the transpose of its [N, K] matrix."""
+    options = dict(transposed=transposed, dtype=dtype)
+    return jax.lax.platform_dependent(
+        lhs_MK, rhs, sizes_G, offset,
+        cpu=functools.partial(_product_cpu, **options), default=functools.partial(_product_ragged, **options),
+    )  # fmt: skip
+
+
+def _weight_gradient(lhs_MK: Array, grad_MN: Array, sizes_G: Array, offset: Array, num_matrices: int, *, dtype: Dtype) -> Array:
+    """For each group the product of its transposed rows with the rows of the gradient, [num_matrices, K, N]."""
+    options = dict(num_matrices=num_matrices, dtype=dtype)
+    return jax.lax.platform_dependent(
+        lhs_MK, grad_MN, sizes_G, offset,
+        cpu=functools.partial(_weight_gradient_cpu, **options), default=functools.partial(_weight_gradient_ragged, **options),
+    )  # fmt: skip
+
+
+# TPU and GPU ----------------------------------------------------------------------------------------------------------
+
+
+def _all_sizes(sizes_G: Array, offset: Array, num_matrices: int) -> Array:
+    """Rows of every matrix of the stack: the groups' own, and zero before and behind them."""
+    none = as_varying(jnp.zeros(num_matrices, sizes_G.dtype), varying_axes(sizes_G))
+    return jax.lax.dynamic_update_slice_in_dim(none, sizes_G, offset, axis=0)
+
+
+def _product_ragged(lhs_MK: Array, rhs: Array, sizes_G: Array, offset: Array, *, transposed: bool, dtype: Dtype) -> Array:
+    rhs_GKN = jnp.swapaxes(rhs, 1, 2) if transposed else rhs
+    sizes = _all_sizes(sizes_G, offset, rhs.shape[0])
+    return jax.lax.ragged_dot(lhs_MK, rhs_GKN.astype(lhs_MK.dtype), sizes, preferred_element_type=jnp.float32).astype(dtype)
+
+
+def _weight_gradient_ragged(lhs_MK: Array, grad_MN: Array, sizes_G: Array, offset: Array, *, num_matrices: int, dtype: Dtype) -> Array:
+    rows_are_contracted = jax.lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
     )
+    sizes = _all_sizes(sizes_G, offset, num_matrices)
+    gradient = jax.lax.ragged_dot_general(lhs_MK, grad_MN, sizes, rows_are_contracted, preferred_element_type=jnp.float32)
+    return gradient.astype(dtype)
+
+
+# CPU ------------------------------------------------------------------------------------------------------------------
+#
+# What makes these loops as fast as XLA's dense products (all of it measured):
+#   * A group is one product of nearly its own size. Every size that occurs is a loop of its own over the groups of that size,
+#     since shapes are static and trip counts are not.
+#   * A block may overhang into the neighbouring groups; those rows are masked rather than laid out with padding.
+#   * Rows and results are fp32 inside, cast to the dtype of the product block by block: XLA:CPU slices and updates bf16 arrays
+#     by converting them whole to fp32, in every iteration where it cannot hoist it.
+#   * XLA:CPU has fast bf16 products only with fp32 results and without transposed left operands.
+
+
+def _block_sizes(num_rows: int, num_groups: int) -> tuple[int, ...]:
+    """Row counts of the blocks, ascending: steps of 32 up to 512 for large groups, powers of two where groups are small."""
+    mean = -(-num_rows // num_groups)
+    if mean < 32:
+        return tuple(size for size in (1, 2, 4, 8, 16, 32, 64) if size <= num_rows)
+    largest = min(512, 64 * -(-mean // 32))
+    return tuple(size for size in range(32, largest + 1, 32) if size <= num_rows)
+
+
+Block = Callable[[Carry, Array, Array, Array, int], Carry]
+
+
+def _for_each_block(sizes_G: Array, num_rows: int, body: Block[Carry], carry: Carry) -> Carry:
+    """Runs `body(carry, group, start, end, block size)` over blocks that cover all rows.
+
+    A block holds the rows [start, start + block size) of one group, which has rows up to `end`. Every group has as many blocks
+    of the largest size as fit, and one of the smallest size that covers the rest.
+    """
+    blocks = _block_sizes(num_rows, sizes_G.size)
+    largest = blocks[-1]
+    end_G = jnp.cumsum(sizes_G)
+    start_G = end_G - sizes_G
+    full_G = sizes_G // largest
+    rest_G = sizes_G - full_G * largest
+    full_end_G = jnp.cumsum(full_G)
+
+    def full_block(i: Array, carry: Carry) -> Carry:
+        group = jnp.searchsorted(full_end_G, i, side="right")
+        within = i - (full_end_G - full_G)[group]
+        return body(carry, group, start_G[group] + within * largest, end_G[group], largest)
+
+    def rest_block(i: Array, carry: Carry, block: int) -> Carry:
+        group = by_class_G[i]
+        return body(carry, group, start_G[group] + full_G[group] * largest, end_G[group], block)
+
+    carry = jax.lax.fori_loop(0, full_end_G[-1], full_block, carry)
+    class_G = jnp.searchsorted(jnp.asarray((0, *blocks)), rest_G)  # 0: nothing left, c: blocks[c - 1] rows
+    by_class_G = jnp.argsort(class_G)
+    class_end = jnp.searchsorted(class_G[by_class_G], jnp.arange(len(blocks) + 1), side="right")
+    for c, block in enumerate(blocks, start=1):
+        carry = jax.lax.fori_loop(class_end[c - 1], class_end[c], functools.partial(rest_block, block=block), carry)
+    return carry
+
+
+def _rows(x: Array, start: Array, size: int) -> Array:
+    return jax.lax.dynamic_slice_in_dim(x, start, size)
+
+
+def _place(start: Array, end: Array, block: int, num_rows: int) -> tuple[Array, Array]:
+    """Where to read and write a block so that it stays inside the array, and which of its rows are meant, [block, 1]."""
+    read_at = jnp.minimum(start, num_rows - block)
+    row = read_at + jnp.arange(block)
+    return read_at, ((start <= row) & (row < end))[:, None]
+
+
+def _matrices(rhs: Array, dtype: Dtype) -> Callable[[Array], Array]:
+    """Reads one matrix of a stack, as `dtype`. A bf16 stack is sliced as integers: see above."""
+    if rhs.dtype == jnp.bfloat16:
+        bits = jax.lax.bitcast_convert_type(rhs, jnp.uint16)
+        return lambda i: jax.lax.bitcast_convert_type(_rows(bits, i, 1)[0], jnp.bfloat16).astype(dtype)
+    return lambda i: _rows(rhs, i, 1)[0].astype(dtype)
+
+
+def _product_cpu(lhs_MK: Array, rhs: Array, sizes_G: Array, offset: Array, *, transposed: bool, dtype: Dtype) -> Array:
+    num_rows = lhs_MK.shape[0]
+    matrix = _matrices(rhs, lhs_MK.dtype)
+    lhs_fp32_MK = lhs_MK.astype(jnp.float32)
+    contracted = (((1,), (1 if transposed else 0,)), ((), ()))
+
+    def block_product(out_MN: Array, group: Array, start: Array, end: Array, block: int) -> Array:
+        at, meant = _place(start, end, block, num_rows)
+        rows = _rows(lhs_fp32_MK, at, block).astype(lhs_MK.dtype)
+        product = jax.lax.dot_general(rows, matrix(offset + group), contracted, preferred_element_type=jnp.float32)
+        product = jnp.where(meant, product, _rows(out_MN, at, block))
+        return jax.lax.dynamic_update_slice_in_dim(out_MN, product, at, axis=0)
+
+    out_MN = jnp.zeros((num_rows, rhs.shape[1 if transposed else 2]), jnp.float32)
+    out_MN = as_varying(out_MN, varying_axes(lhs_MK, rhs, sizes_G, offset))
+    return _for_each_block(sizes_G, num_rows, block_product, out_MN).astype(dtype)
+
+
+def _weight_gradient_cpu(lhs_MK: Array, grad_MN: Array, sizes_G: Array, offset: Array, *, num_matrices: int, dtype: Dtype) -> Array:
+    num_rows = lhs_MK.shape[0]
+    lhs_fp32_MK, grad_fp32_MN = lhs_MK.astype(jnp.float32), grad_MN.astype(jnp.float32)
+
+    def add_block(out_GKN: Array, group: Array, start: Array, end: Array, block: int) -> Array:
+        at, meant = _place(start, end, block, num_rows)
+        rows = _rows(lhs_fp32_MK, at, block).astype(lhs_MK.dtype)
+        grad = jnp.where(meant, _rows(grad_fp32_MN, at, block), 0).astype(lhs_MK.dtype)
+        product = jnp.dot(transposed_copy(rows), grad, preferred_element_type=jnp.float32)
+        return out_GKN.at[offset + group].add(product, mode="promise_in_bounds")
+
+    out_GKN = jnp.zeros((num_matrices, lhs_MK.shape[1], grad_MN.shape[1]), jnp.float32)
+    out_GKN = as_varying(out_GKN, varying_axes(lhs_MK, grad_MN, sizes_G, offset))
+    return _for_each_block(sizes_G, num_rows, add_block, out_GKN).astype(dtype)
+
+
+def transposed_copy(x_MK: Array) -> Array:
+    """The transpose, laid out as such. XLA would fold a plain transpose into the product, and XLA:CPU then multiplies slowly."""
+    num_rows, width = x_MK.shape
+    if num_rows % 2:
+        return x_MK.T
+    return x_MK.reshape(2, num_rows // 2, width).transpose(2, 0, 1).reshape(width, num_rows)

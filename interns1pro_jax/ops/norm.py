@@ -14,9 +14,7 @@ def rms_norm(x: Float[Array, "*dims D"], weight: Float[Array, " D"], eps: float)
     return (x_fp32 * scale).astype(x.dtype) * weight.astype(x.dtype)
 
 
-def layer_norm(
-    x: Float[Array, "*dims D"], scale: Float[Array, " D"], bias: Float[Array, " D"], eps: float
-) -> Float[Array, "*dims D"]:
+def layer_norm(x: Float[Array, "*dims D"], scale: Float[Array, " D"], bias: Float[Array, " D"], eps: float) -> Float[Array, "*dims D"]:
     """LayerNorm over the last axis, wholly in fp32, cast back to x's dtype at the end (as PyTorch's kernel does)."""
     x_fp32 = x.astype(jnp.float32)
     centred = x_fp32 - jnp.mean(x_fp32, axis=-1, keepdims=True)

@@ -18,7 +18,7 @@ from interns1pro_jax.ops.varying import match_varying
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A stable counting sort of N*S (token, slot) pairs by group; M = N*S rows.
+    """N*S (token, slot) pairs sorted by group; M = N*S rows.
 
     Attributes:
       dest_NS: row of each slot.
@@ -34,15 +34,22 @@ class Plan:
 def make_plan(ids_NS: Int[Array, "N S"], num_groups: int) -> Plan:
     """Sorts the slots by their group id (0 <= id < num_groups), keeping the order of slots within a group.
 
-    A counting sort: a slot's row is the start of its group plus the number of earlier slots of the same group.
+    Id and slot are packed into one integer: the sort needs to carry nothing along, and what it yields is stable.
+
+    Raises:
+      ValueError: the packed integers would overflow.
     """
-    ids_M = ids_NS.reshape(-1)
-    belongs_MG = (ids_M[:, None] == jnp.arange(num_groups)).astype(jnp.int32)
-    count_MG = jnp.cumsum(belongs_MG, axis=0)
-    group_sizes_G = count_MG[-1]
-    first_row_G = jnp.cumsum(group_sizes_G) - group_sizes_G
-    dest_M = jnp.sum(jnp.where(belongs_MG == 1, first_row_G + count_MG - 1, 0), axis=1)
-    order_M = jnp.zeros_like(dest_M).at[dest_M].set(jnp.arange(dest_M.size, dtype=dest_M.dtype), unique_indices=True)
+    num_slots = ids_NS.size
+    if num_slots * num_groups > 2**32:
+        raise ValueError(
+            f"{num_slots} slots of {num_groups} groups cannot be sorted as 32-bit integers; split the tokens into chunks of at most "
+            f"{2**32 // num_groups} slots."
+        )
+    slots = jnp.arange(num_slots, dtype=jnp.uint32)
+    sorted_M = jnp.sort(ids_NS.reshape(-1).astype(jnp.uint32) * num_slots + slots)
+    order_M = (sorted_M % num_slots).astype(jnp.int32)
+    dest_M = jnp.zeros_like(order_M).at[order_M].set(slots.astype(jnp.int32), unique_indices=True)
+    group_sizes_G = jnp.sum(ids_NS.reshape(-1, 1) == jnp.arange(num_groups), axis=0, dtype=jnp.int32)
     return Plan(dest_M.reshape(ids_NS.shape), order_M, group_sizes_G)
 
 
@@ -69,7 +76,7 @@ def unpermute_slots(x_M: Array, plan: Plan) -> Array:
 
 
 def _take(x: Array, index: Array) -> Array:
-    return x.at[index].get(mode="promise_in_bounds", unique_indices=False)
+    return x.at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
 @jax.custom_vjp
