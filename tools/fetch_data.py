@@ -9,6 +9,7 @@ can be stopped and repeated: it keeps what is complete and correct, and does not
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,7 @@ _BUILD = (
     "--python-version", "3.11", "--implementation", "cp", "--abi", "cp311", "--abi", "none",
 )  # fmt: skip
 _TIMEOUT = 300  # seconds for one package
+_PARTIAL = "partial-"
 
 
 class FetchError(RuntimeError):
@@ -47,7 +49,7 @@ def fetch(package: Package, downloads: Path) -> Path:
         return path
     wanted = f"{package.name}=={package.version}"
     # A download that is cut short stays in the temporary folder; `downloads` only ever gets whole files.
-    with tempfile.TemporaryDirectory(dir=downloads) as folder:
+    with tempfile.TemporaryDirectory(prefix=_PARTIAL, dir=downloads) as folder:
         command = [
             sys.executable,
             "-m",
@@ -95,6 +97,8 @@ def run(output: Path, vocab_size: int, console: Console) -> PreparedData:
     """Fetches and prepares everything."""
     downloads = output / "downloads"
     downloads.mkdir(parents=True, exist_ok=True)
+    for leftover in downloads.glob(f"{_PARTIAL}*"):  # of a run that was killed
+        shutil.rmtree(leftover)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("fetching", total=len(PACKAGES))

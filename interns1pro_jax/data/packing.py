@@ -71,12 +71,14 @@ Row = tuple[Piece, ...]
 def plan_rows(sizes: Mapping[int, RowSize], row: RowSize, seed: int) -> list[Row]:
     """Packs documents, given their sizes, in an order drawn from `seed`: first fit into a bounded number of open rows.
 
-    Every token of every document is in exactly one row. The plan depends on nothing but the arguments.
+    Every token of every document is in exactly one row. The rows come in random order, so that the first few are a fair sample.
+    The plan depends on nothing but the arguments.
 
     Raises:
       ValueError: a document that cannot be in any row; ask `RowSize.misfit` beforehand.
     """
-    order = np.random.default_rng(seed).permutation(np.array(sorted(sizes), np.int64))
+    generator = np.random.default_rng(seed)
+    order = generator.permutation(np.array(sorted(sizes), np.int64))
     rows: list[Row] = []
     open_rows: list[list[Piece]] = []
     room = np.zeros((0, len(row.additive())), np.int64)
@@ -84,7 +86,7 @@ def plan_rows(sizes: Mapping[int, RowSize], row: RowSize, seed: int) -> list[Row
         size = sizes[document]
         if reason := size.misfit(row):
             raise ValueError(f"document {document} is {reason}")
-        full = (size.tokens - 1) // row.tokens if size.text_only else 0
+        full = (size.tokens - 1) // row.tokens  # above 0 for long texts only
         rows += [(Piece(document, i * row.tokens, (i + 1) * row.tokens),) for i in range(full)]
         rest = Piece(document, full * row.tokens, size.tokens)
         need = size.additive()
@@ -102,4 +104,5 @@ def plan_rows(sizes: Mapping[int, RowSize], row: RowSize, seed: int) -> list[Row
             room = np.concatenate([room, row.additive()[None]])
         open_rows[place].append(rest)
         room[place] -= need
-    return rows + [tuple(pieces) for pieces in open_rows]
+    rows += [tuple(pieces) for pieces in open_rows]
+    return [rows[index] for index in generator.permutation(len(rows))]

@@ -50,7 +50,7 @@ def ablation(source: DocumentSource, encoder: DocumentEncoder, model: ModelConfi
     documents = [source[index] for index in range(len(source))]
     pairs = list(_partners([d for d in documents if sum(isinstance(p, MEDIA[medium]) for p in d.parts) == 1], encoder))
     if not pairs:
-        raise ValueError(f"no two of {len(documents)} documents have a {medium} with the same number of placeholders.")
+        raise ValueError(f"no two of {len(documents)} documents with one {medium} have as many placeholders as each other.")
 
     def batches(changed: Sequence[Document]) -> list[Batch]:
         return PackedData(DocumentList(changed), encoder, model, config, caption_labels).in_order()

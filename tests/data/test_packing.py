@@ -71,3 +71,10 @@ def test_what_cannot_fit_is_named():
     assert "patch_width 9 > 8" in RowSize(10, 0, 10, 2, 2, 9).misfit(ROW)
     with pytest.raises(ValueError, match="document 4 is too large for a row: patches 41 > 40"):
         plan_rows({4: RowSize(10, patches=41)}, ROW, seed=0)
+
+
+def test_the_first_rows_are_a_fair_sample():
+    sizes = {index: RowSize(150 if index % 2 else 10) for index in range(2000)}
+    cut = [len(row) == 1 for row in plan_rows(sizes, ROW, seed=0)]
+    assert 0.5 < np.mean(cut) < 0.7
+    assert abs(np.mean(cut[: len(cut) // 4]) - np.mean(cut)) < 0.08

@@ -57,7 +57,7 @@ def test_a_signal_is_silenced(documents, encoder, model, config):
 
 
 def test_documents_without_a_partner_are_an_error(documents, encoder, model, config):
-    with pytest.raises(ValueError, match="no two of 1 documents have a image"):
+    with pytest.raises(ValueError, match="no two of 1 documents with one image"):
         ablation(DocumentList([d for d in documents if d.source == "image"][:1]), encoder, model, config, "image")
 
 
