@@ -13,7 +13,7 @@ import numpy as np
 
 from interns1pro_jax.models.time_series_inputs import TimeSeriesSizes
 
-# Rows open at a time. More fill rows slightly better and take longer to search (64 fill 0.98 of a row of 256 tokens with the demo's documents).
+# Rows open at a time. More fill rows slightly better and take longer to search (with 64 the demo's rows of 256 tokens are 0.98 full).
 _OPEN_ROWS = 64
 
 
