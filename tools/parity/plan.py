@@ -1,0 +1,112 @@
+"""Which check covers which file. Everything is derived from names of files and from what is in them, never from directories'."""
+
+from __future__ import annotations
+
+import re
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from interns1pro_jax.config import ModelConfig
+from tools.parity import decoder, generation, stored, towers, training
+from tools.parity.golden import Golden, Row
+from tools.parity.subject import Subject
+
+Check = Callable[[Golden, Subject], None]
+
+# Files of a checkpoint's directory: the first pattern that matches the whole name counts.
+CHECKS: tuple[tuple[str, Check], ...] = (
+    (r"config\.json", stored.check_config),
+    (r"model(-\d+-of-\d+)?\.safetensors", stored.check_weights),
+    (r"dequantized\.safetensors", stored.check_dequantized),
+    (r"dequantized_sums\.json", stored.check_dequantized_sums),
+    (r"text_leftpad.*\.npz", decoder.check_left_padded),
+    (r"text_positions.*\.npz", decoder.check_positions),
+    (r"text.*\.npz", decoder.check_text),
+    (r"mm_.*\.npz", decoder.check_multimodal),
+    (r"fope.*\.npz", decoder.check_fope),
+    (r"vision_.*\.npz", towers.check_vision),
+    (r"time_series_batch.*\.npz", towers.check_time_series_batch),
+    (r"time_series_cases\.json", towers.check_time_series_cases),
+    (r"time_series.*\.npz", towers.check_time_series),
+    (r"generate_.*\.npz", generation.check_generation),
+    (r"train_grad_norms.*\.json", training.check_gradient_norms),
+    (r"train.*\.npz", training.check_train),
+)
+
+# Files that say nothing to compare with, and files that come with the input pipeline; paths relative to the reference.
+IGNORED = (r"README\.md", r".*/model\.safetensors\.index\.json", r".*LICENSE.*")
+LATER = (
+    r"preprocess/.*",
+    r"official/(generation_config|preprocessor_config|video_preprocessor_config|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json",
+    r"official/(chat_template\.jinja|merges\.txt|tokenizer_\w+\.model)",
+)
+WHY_LATER = "comes with the input pipeline"
+
+
+def is_checkpoint(directory: Path) -> bool:
+    return (directory / "config.json").is_file() and any(directory.glob("model*.safetensors"))
+
+
+def check_for(name: str) -> Check | None:
+    return next((check for pattern, check in CHECKS if re.fullmatch(pattern, name)), None)
+
+
+def files(reference: Path) -> tuple[list[Path], list[Path], list[Path]]:
+    """The files to check, those that come later, and those that nothing covers."""
+    checked: list[Path] = []
+    later: list[Path] = []
+    unknown: list[Path] = []
+    for path in sorted(p for p in reference.rglob("*") if p.is_file()):
+        name = path.relative_to(reference).as_posix()
+        if any(re.fullmatch(pattern, name) for pattern in IGNORED):
+            continue
+        if any(re.fullmatch(pattern, name) for pattern in LATER):
+            later.append(path)
+        elif name in ("real_frequencies.npz", "key_patterns.json", "official/config.json") or (path.parent.parent == reference and is_checkpoint(path.parent) and check_for(path.name) is not None):
+            checked.append(path)
+        else:
+            unknown.append(path)
+    return checked, later, unknown
+
+
+def released_config(reference: Path) -> ModelConfig:
+    """The released model's: `official/config.json`, or the defaults where that is absent."""
+    path = reference / "official" / "config.json"
+    return ModelConfig.from_hf(path) if path.is_file() else ModelConfig()
+
+
+def run(reference: Path, paths: list[Path]) -> Iterator[Row]:
+    """Checks files one by one. The models of a directory are kept as long as its files follow one another."""
+    subject: Subject | None = None
+    for path in paths:
+        if subject is None or subject.directory != path.parent:
+            subject = Subject(path.parent)
+        yield check_file(reference, path, subject)
+
+
+def check_file(reference: Path, path: Path, subject: Subject) -> Row:
+    """One file's row. What a check raises makes its row fail, and the others go on."""
+    file, start = path.relative_to(reference).as_posix(), time.perf_counter()
+    golden = Golden(file, {})
+    try:
+        if file == "key_patterns.json":
+            golden = stored.check_key_patterns(path, file, released_config(reference))
+        elif path.suffix == ".safetensors":
+            golden = stored.open_safetensors(path, file)
+        else:
+            golden = Golden.open(path, file)
+        if file == "real_frequencies.npz":
+            stored.check_frequencies(golden, released_config(reference))
+        elif file != "key_patterns.json":
+            check = check_for(path.name)
+            assert check is not None
+            check(golden, subject)
+        row = golden.finish()
+    except Exception as error:
+        row = golden.row
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        row.problems.append(f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})")
+    row.seconds = time.perf_counter() - start
+    return row
