@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from interns1pro_jax.ops.layout import transposed_copy
 from interns1pro_jax.ops.varying import as_varying, match_varying, varying_axes
 
 Carry = TypeVar("Carry")
@@ -227,11 +228,3 @@ def _weight_gradient_cpu(lhs_MK: Array, grad_MN: Array, sizes_G: Array, offset: 
     out_GKN = jnp.zeros((num_matrices, lhs_MK.shape[1], grad_MN.shape[1]), jnp.float32)
     out_GKN = as_varying(out_GKN, varying_axes(lhs_MK, grad_MN, sizes_G, offset))
     return _for_each_block(sizes_G, num_rows, add_block, out_GKN).astype(dtype)
-
-
-def transposed_copy(x_MK: Array) -> Array:
-    """The transpose, laid out as such. XLA would fold a plain transpose into the product, and XLA:CPU then multiplies slowly."""
-    num_rows, width = x_MK.shape
-    if num_rows % 2:
-        return x_MK.T
-    return x_MK.reshape(2, num_rows // 2, width).transpose(2, 0, 1).reshape(width, num_rows)
