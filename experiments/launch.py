@@ -14,8 +14,8 @@ import gin
 from absl import app, flags, logging
 
 from experiments import bindings
-from interns1pro_jax.checkpoint.manager import CheckpointError, check_writable
-from interns1pro_jax.checkpoint.safetensors_io import CheckpointError as SafetensorsError
+from interns1pro_jax.checkpoint.errors import CheckpointError
+from interns1pro_jax.checkpoint.manager import check_writable
 from interns1pro_jax.config import ConfigError
 from interns1pro_jax.data.records import DataError
 from interns1pro_jax.train.recorder import NonFiniteError
@@ -64,7 +64,7 @@ def run(workdir: Path) -> None:
         bindings.platform()
         check_writable(workdir)
         launch(workdir)
-    except (ConfigError, CheckpointError, SafetensorsError, DataError, NonFiniteError) as error:
+    except (ConfigError, CheckpointError, DataError, NonFiniteError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -23,8 +23,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
+from interns1pro_jax.checkpoint.errors import CheckpointError
 from interns1pro_jax.checkpoint.hf_names import HfParameter, hf_parameters
-from interns1pro_jax.checkpoint.safetensors_io import Checkpoint, CheckpointError, open_checkpoint
+from interns1pro_jax.checkpoint.safetensors_io import Checkpoint, open_checkpoint
 from interns1pro_jax.config import ModelConfig
 from interns1pro_jax.models.interns1pro import InternS1Pro
 from interns1pro_jax.ops.quantization import WEIGHT_BLOCK, dequantize_box

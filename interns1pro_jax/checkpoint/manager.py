@@ -22,14 +22,12 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from interns1pro_jax.checkpoint.errors import CheckpointError
+
 _TEMPORARY, _DELETED = "*.orbax-checkpoint-tmp", "deleted"
 _STATE, _MANIFEST = "state", "manifest"
 _LISTED = 8  # names shown in an error
 _OVERHEAD = 16_384  # bytes of metadata and blocks on disk for an array, at most
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written or does not fit; the message names the path, what is wrong and the remedy."""
 
 
 @dataclasses.dataclass(frozen=True)

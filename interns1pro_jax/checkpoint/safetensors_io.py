@@ -17,6 +17,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from interns1pro_jax.checkpoint.errors import CheckpointError
+
 DTYPES: Mapping[str, np.dtype] = {
     name: np.dtype(kind)
     for name, kind in {
@@ -30,10 +32,6 @@ DTYPES: Mapping[str, np.dtype] = {
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _MAX_HEADER = 100_000_000  # the format's own limit
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is missing, damaged or made for another model; the message names file, tensor and remedy."""
 
 
 @dataclasses.dataclass(frozen=True)

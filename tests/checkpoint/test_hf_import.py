@@ -11,9 +11,10 @@ import pytest
 from flax import nnx
 
 from interns1pro_jax.checkpoint import hf_import
+from interns1pro_jax.checkpoint.errors import CheckpointError
 from interns1pro_jax.checkpoint.hf_import import load_into, load_model, pieces
 from interns1pro_jax.checkpoint.hf_names import hf_parameters
-from interns1pro_jax.checkpoint.safetensors_io import Checkpoint, CheckpointError, SafetensorsFile, open_checkpoint
+from interns1pro_jax.checkpoint.safetensors_io import Checkpoint, SafetensorsFile, open_checkpoint
 from interns1pro_jax.config import ConfigError, Fp8Config, ModelConfig
 from interns1pro_jax.models.interns1pro import InternS1Pro
 from interns1pro_jax.sharding import make_mesh

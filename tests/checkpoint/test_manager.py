@@ -15,7 +15,8 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from interns1pro_jax.checkpoint.manager import CheckpointError, CheckpointManager
+from interns1pro_jax.checkpoint.errors import CheckpointError
+from interns1pro_jax.checkpoint.manager import CheckpointManager
 from interns1pro_jax.layers.parameter import Buffer, normal, parameter
 from interns1pro_jax.optim.optimizer import OptimizerConfig, make_optimizer
 from interns1pro_jax.optim.schedule import constant

@@ -7,7 +7,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from interns1pro_jax.checkpoint.safetensors_io import DTYPES, CheckpointError, SafetensorsFile, open_checkpoint
+from interns1pro_jax.checkpoint.errors import CheckpointError
+from interns1pro_jax.checkpoint.safetensors_io import DTYPES, SafetensorsFile, open_checkpoint
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
