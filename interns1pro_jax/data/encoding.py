@@ -25,11 +25,13 @@ class Tokens:
     Attributes:
       ids: text, and placeholders between the marks that open and close a medium; at the end `<|endoftext|>`.
       is_text: where a token is text (the end included): what a model can be asked to predict.
+      signals: the signals in reading order, normalised and cut: those that the placeholders were counted for.
       size: what the document needs of a row.
     """
 
     ids: Int[np.ndarray, " tokens"]
     is_text: Bool[np.ndarray, " tokens"]
+    signals: list[Signal]
     size: RowSize
 
     def labels(self, counted: Bool[np.ndarray, " tokens"] | None = None) -> Int[np.ndarray, " tokens"]:
@@ -55,7 +57,7 @@ class DocumentEncoder:
     bounds: PixelBounds
 
     def tokenize(self, document: Document, end: bool = True) -> Tokens:
-        """The token sequence; media are measured, not processed.
+        """The token sequence; images are measured, not processed.
 
         Args:
           end: whether `<|endoftext|>` follows; a prompt has none.
@@ -83,19 +85,15 @@ class DocumentEncoder:
                     append([special(base.VISION_START), *fill, special(base.VISION_END)], False)
                     patches += grid[1] * grid[2]
                 case SignalPart(samples, rate, _):
-                    signal = Signal(samples, rate)
+                    signal = prepare_signal(samples, rate)
                     append([special(base.SIGNAL_START), *[special(base.SIGNAL)] * signal.tokens, special(base.SIGNAL_END)], False)
                     signals.append(signal)
         if end:
             append([special(base.END_OF_TEXT)], True)
         needed = required_sizes([signals])
         size = RowSize(len(ids), patches, needed.values, needed.rows, needed.pairs, needed.patch_width)
-        return Tokens(np.array(ids, np.int32), np.array(is_text, bool), size)
+        return Tokens(np.array(ids, np.int32), np.array(is_text, bool), signals, size)
 
     def images(self, document: Document) -> list[VisionItem]:
         """Patches of the images, in reading order."""
         return [image_item(part.pixels, self.vision, self.bounds) for part in document.parts if isinstance(part, ImagePart)]
-
-    def signals(self, document: Document) -> list[Signal]:
-        """The signals, normalised, in reading order."""
-        return [prepare_signal(part.samples, part.sampling_rate) for part in document.parts if isinstance(part, SignalPart)]

@@ -19,6 +19,7 @@ from interns1pro_jax.data.packing import Row, RowSize, plan_rows
 from interns1pro_jax.data.quarantine import Quarantine
 from interns1pro_jax.data.records import DataError, Document
 from interns1pro_jax.models.inputs import Batch, ModelInputs
+from interns1pro_jax.models.interns1pro import check_inputs
 from interns1pro_jax.models.time_series_inputs import Signal, pack_time_series
 from interns1pro_jax.models.vision_inputs import VisionItem, pack_vision
 from interns1pro_jax.ops.losses import IGNORED
@@ -81,7 +82,11 @@ class AssembledRow:
 
 
 def collate(rows: Sequence[AssembledRow], row: RowSize, model: ModelConfig) -> Batch:
-    """Rows as a batch of NumPy arrays of static shape; each row has its own media packs."""
+    """Rows as a batch of NumPy arrays of static shape; each row has its own media packs.
+
+    Raises:
+      ValueError: the placeholders of a row and its media do not match.
+    """
     stacked: dict[str, Any] = {
         name: np.stack([getattr(r, name) for r in rows]) for name in ("tokens", "positions", "segment_ids", "labels")
     }
@@ -91,7 +96,9 @@ def collate(rows: Sequence[AssembledRow], row: RowSize, model: ModelConfig) -> B
         vision = pack_vision([r.images for r in rows], model.vision, size=row.patches)
     if model.time_series is not None and row.samples:
         time_series = pack_time_series([r.signals for r in rows], model.time_series, sizes=row.time_series)
-    return Batch(ModelInputs(**stacked, vision=vision, time_series=time_series), labels)
+    inputs = ModelInputs(**stacked, vision=vision, time_series=time_series)
+    check_inputs(model, inputs)
+    return Batch(inputs, labels)
 
 
 class PackedData:
@@ -169,7 +176,7 @@ class PackedData:
                 part = slice(piece.start, piece.stop)
                 out.put(start, tokens.ids[part], self._labels(tokens)[part], segment)
                 out.images.extend(self._encoder.images(document))
-                out.signals.extend(self._encoder.signals(document))
+                out.signals.extend(tokens.signals)
             start += piece.stop - piece.start
         return out
 

@@ -137,9 +137,11 @@ def prompts(
         assembled = AssembledRow.empty(row.tokens)
         assembled.put(0, tokens.ids[:stop], tokens.labels()[:stop], segment=1)
         first = next((part for part in document.parts if isinstance(part, ImagePart | SignalPart)), None)
-        opening = dataclasses.replace(document, parts=() if first is None else (first,))
-        assembled.images.extend(encoder.images(opening))
-        assembled.signals.extend(encoder.signals(opening))
+        match first:
+            case ImagePart():
+                assembled.images.append(encoder.images(document)[0])
+            case SignalPart():
+                assembled.signals.append(tokens.signals[0])
         rows.append(assembled)
         shown.append(encoder.tokenizer.decode(tokens.ids[:stop].tolist()))
         references.append(encoder.tokenizer.decode(tokens.ids[stop : stop + reference_tokens].tolist()))

@@ -10,12 +10,12 @@ import pytest
 from interns1pro_jax.config import ConfigError
 from interns1pro_jax.data import records
 from interns1pro_jax.data.packing import RowSize
-from interns1pro_jax.data.pipeline import PackedData
+from interns1pro_jax.data.pipeline import AssembledRow, PackedData, collate
 from interns1pro_jax.data.records import DataError, Document, SignalPart, TextPart
 from interns1pro_jax.data.sources import DocumentList, RecordSource
 from interns1pro_jax.data.unigram import unigram_loss
 from interns1pro_jax.models.interns1pro import check_inputs
-from interns1pro_jax.models.time_series_inputs import pack_time_series
+from interns1pro_jax.models.time_series_inputs import MAX_SAMPLES, pack_time_series, tokens_of
 from interns1pro_jax.models.vision_inputs import pack_vision
 from interns1pro_jax.tokenizer import base
 
@@ -39,11 +39,31 @@ def test_a_document_is_tokens_placeholders_and_an_end(encoder, tokenizer, docume
         tokens = encoder.tokenize(document)
         text = tokenizer.decode(tokens.ids[tokens.is_text].tolist())
         assert text == "".join(part.text for part in document.parts if isinstance(part, TextPart)) + base.END_OF_TEXT
-        images, signals = encoder.images(document), encoder.signals(document)
+        images, signals = encoder.images(document), tokens.signals
         assert (tokens.ids == tokenizer.special(base.IMAGE)).sum() == sum(len(image.patches) for image in images) // 4
         assert (tokens.ids == tokenizer.special(base.SIGNAL)).sum() == sum(signal.tokens for signal in signals)
         assert tokens.size.patches == sum(len(image.patches) for image in images)
         assert tokens.size.tokens == len(tokens.ids)
+
+
+def test_a_signal_that_is_cut_has_the_placeholders_of_what_is_left(encoder, model, config):
+    length = MAX_SAMPLES + 10_000
+    long = Document((SignalPart(np.arange(length, dtype=np.float32)[:, None], 1e5, "V"),), "made", "CC0-1.0", "long")
+    with pytest.warns(UserWarning, match=f"cut to its first {MAX_SAMPLES}"):
+        tokens = encoder.tokenize(long)
+    assert tokens.signals[0].samples_cut == 10_000
+    assert (~tokens.is_text).sum() - 2 == tokens.signals[0].tokens < tokens_of(length, 1e5)
+    config = dataclasses.replace(config, row=tokens.size, batch_size=1)
+    with pytest.warns(UserWarning, match=f"cut to its first {MAX_SAMPLES}"):
+        check_inputs(model, PackedData(DocumentList([long]), encoder, model, config)[0].inputs)
+
+
+def test_placeholders_without_their_contents_are_no_batch(documents, encoder, model, config):
+    row = AssembledRow.empty(config.row.tokens)
+    tokens = encoder.tokenize(next(d for d in documents if d.source == "signal"))
+    row.put(0, tokens.ids, tokens.labels(), segment=1)
+    with pytest.raises(ValueError, match=r"time-series placeholders, but the contents give 0 embeddings"):
+        collate([row], config.row, model)
 
 
 def test_a_packed_document_is_the_document(data, encoder, documents, config):
@@ -59,7 +79,7 @@ def test_a_packed_document_is_the_document(data, encoder, documents, config):
             assert (assembled.segment_ids[place] == segment).all()
             assert np.array_equal(assembled.labels[place], tokens.labels()[piece.start : piece.stop])
             images += encoder.images(documents[piece.document])
-            signals += encoder.signals(documents[piece.document])
+            signals += tokens.signals
             start = place.stop
         assert (assembled.segment_ids[start:] == 0).all() and (assembled.labels[start:] == -100).all()
         assert len(images) == len(assembled.images) and len(signals) == len(assembled.signals)
