@@ -17,38 +17,49 @@ Dimension letters, used as suffixes of weights and large activations (`wi_EDF`, 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from interns1pro_jax.config_checks import (
+    ConfigError,
+    check_divides,
+    check_fields,
+    check_object,
+    check_positive,
+    check_type,
+    field_types,
+    load_json,
+    reject_unknown,
+    require,
+    require_fixed,
+)  # fmt: skip
+from interns1pro_jax.hf_config import (
+    AUX_LOSS_COEF,
+    FP8_FIXED,
+    TEXT_FIXED,
+    TIME_SERIES_FIXED,
+    TOKEN_ID_KEYS,
+    TOP_KEYS,
+    VISION_FIXED,
+    read_fields,
+    read_part,
+    read_rope,
+)  # fmt: skip
+
 _DTYPES = ("float32", "bfloat16")
 
 
-class ConfigError(ValueError):
-    """A configuration that is unknown, contradictory or impossible; the message names key, value and remedy."""
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
-def _check_divides(name: str, value: int, by_name: str, by: int) -> None:
-    _require(by > 0 and value % by == 0, f"{name}={value} must be divisible by {by_name}={by}; change one of them.")
-
-
-def _check_positive(config: Any, *names: str) -> None:
+def _check_sizes(config: Any, *names: str) -> None:
     for name in names:
-        value = getattr(config, name)
-        _require(isinstance(value, int) and value > 0, f"{type(config).__name__}.{name}={value!r} must be a positive integer.")
+        check_positive(f"{type(config).__name__}.{name}", getattr(config, name))
 
 
 def _check_dtypes(config: Any) -> None:
     for name in ("dtype", "param_dtype"):
         value = getattr(config, name)
-        _require(value in _DTYPES, f"{type(config).__name__}.{name}={value!r} is not supported; use one of {', '.join(_DTYPES)}.")
+        require(value in _DTYPES, f"{type(config).__name__}.{name}={value!r} is not supported; use one of {', '.join(_DTYPES)}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +76,9 @@ class FopeConfig:
     sep_head: bool = True
     num_inv_freq: int | None = None
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
 
 @dataclasses.dataclass(frozen=True)
 class RouterConfig:
@@ -73,7 +87,8 @@ class RouterConfig:
     Attributes:
       straight_through: backward through the dense softmax over all experts (spec 1.2); the forward is unchanged.
       temperature: tau of the straight-through softmax.
-      balance_coef: weight of the load-balancing loss.
+      balance_coef: weight of the load-balancing loss, which is 1 when balanced. The released format's `router_aux_loss_coef`
+        weighs a loss that is `num_experts_per_tok` when balanced (spec 2.4), so it is smaller by that factor: 0.001 where absent.
       z_coef: weight of the z-loss, mean of logsumexp(logits)^2.
     """
 
@@ -83,8 +98,10 @@ class RouterConfig:
     z_coef: float = 0.0
 
     def __post_init__(self) -> None:
-        _require(self.temperature > 0, f"RouterConfig.temperature={self.temperature} must be positive.")
-        _require(self.balance_coef >= 0 and self.z_coef >= 0, "RouterConfig: balance_coef and z_coef must not be negative.")
+        check_fields(self)
+        require(self.temperature > 0, f"RouterConfig.temperature={self.temperature} must be positive.")
+        for name in ("balance_coef", "z_coef"):
+            require(getattr(self, name) >= 0, f"RouterConfig.{name}={getattr(self, name)} must not be negative; zero switches it off.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,28 +135,29 @@ class TextConfig:
     param_dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
-        _check_positive(
+        check_fields(self)
+        _check_sizes(
             self, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
             "head_dim", "decoder_sparse_step", "max_position_embeddings",
         )  # fmt: skip
         _check_dtypes(self)
-        _check_divides("num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.num_key_value_heads)
-        _require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even: rotary encoding turns pairs.")
+        check_divides("num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.num_key_value_heads)
+        require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even: rotary encoding turns pairs.")
         outside = [layer for layer in self.mlp_only_layers if not 0 <= layer < self.num_hidden_layers]
-        _require(not outside, f"mlp_only_layers names layers {outside}, but the model has {self.num_hidden_layers} layers.")
+        require(not outside, f"mlp_only_layers names layers {outside}, but the model has {self.num_hidden_layers} layers.")
         if any(self.is_moe(layer) for layer in range(self.num_hidden_layers)):
-            _check_positive(self, "num_experts", "num_experts_per_tok", "router_n_groups", "moe_intermediate_size")
-            _check_divides("num_experts", self.num_experts, "router_n_groups", self.router_n_groups)
-            _check_divides("num_experts_per_tok", self.num_experts_per_tok, "router_n_groups", self.router_n_groups)
-            _require(
+            _check_sizes(self, "num_experts", "num_experts_per_tok", "router_n_groups", "moe_intermediate_size")
+            check_divides("num_experts", self.num_experts, "router_n_groups", self.router_n_groups)
+            check_divides("num_experts_per_tok", self.num_experts_per_tok, "router_n_groups", self.router_n_groups)
+            require(
                 self.experts_per_group_per_token <= self.experts_per_group,
                 f"num_experts_per_tok={self.num_experts_per_tok} asks for {self.experts_per_group_per_token} experts in each of "
                 f"{self.router_n_groups} groups, but a group has only {self.experts_per_group}.",
             )
         if any(not self.is_moe(layer) for layer in range(self.num_hidden_layers)):
-            _check_positive(self, "intermediate_size")
+            _check_sizes(self, "intermediate_size")
         if self.fope is not None and self.fope.num_inv_freq is not None:
-            _require(
+            require(
                 0 < self.fope.num_inv_freq <= self.head_dim // 2,
                 f"num_inv_freq={self.fope.num_inv_freq} must lie in 1..head_dim/2={self.head_dim // 2}.",
             )
@@ -192,18 +210,19 @@ class VisionConfig:
     param_dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
-        _check_positive(
+        check_fields(self)
+        _check_sizes(
             self, "depth", "hidden_size", "num_heads", "intermediate_size", "patch_size", "temporal_patch_size",
             "spatial_merge_size", "in_channels", "num_position_embeddings", "out_hidden_size",
         )  # fmt: skip
         _check_dtypes(self)
-        _check_divides("vision hidden_size", self.hidden_size, "num_heads", self.num_heads)
-        _require(
+        check_divides("vision hidden_size", self.hidden_size, "num_heads", self.num_heads)
+        require(
             self.head_dim % 4 == 0,
             f"vision hidden_size/num_heads={self.head_dim} must be divisible by 4: its rotary encoding turns row and column pairs.",
         )
         side = math.isqrt(self.num_position_embeddings)
-        _require(side * side == self.num_position_embeddings, f"num_position_embeddings={self.num_position_embeddings} must be a square.")
+        require(side * side == self.num_position_embeddings, f"num_position_embeddings={self.num_position_embeddings} must be a square.")
 
     @property
     def head_dim(self) -> int:
@@ -240,17 +259,18 @@ class TimeSeriesConfig:
     MAX_PATCH = 320
 
     def __post_init__(self) -> None:
-        _check_positive(
+        check_fields(self)
+        _check_sizes(
             self, "d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim", "max_source_positions",
             "num_mel_bins", "ts_adapt_in_dim", "ts_adapt_out_dim", "ts_hidden_dim", "out_hidden_size",
         )  # fmt: skip
         _check_dtypes(self)
-        _check_divides("time-series d_model", self.d_model, "encoder_attention_heads", self.encoder_attention_heads)
-        _require(
+        check_divides("time-series d_model", self.d_model, "encoder_attention_heads", self.encoder_attention_heads)
+        require(
             self.ts_adapt_in_dim == 2 * self.PATCH_WIDTH,
             f"ts_adapt_in_dim={self.ts_adapt_in_dim} must be {2 * self.PATCH_WIDTH}: two patch encodings are concatenated.",
         )
-        _require(
+        require(
             self.ts_hidden_dim == self.ts_adapt_out_dim,
             f"ts_hidden_dim={self.ts_hidden_dim} must equal ts_adapt_out_dim={self.ts_adapt_out_dim}: the encoder feeds the projector.",
         )
@@ -264,32 +284,27 @@ class Fp8Config:
     scale_fmt: str | None = "ue8m0"
     modules_to_not_convert: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+        require(min(self.weight_block_size) > 0, f"Fp8Config.weight_block_size={self.weight_block_size} must be positive.")
+
     @classmethod
-    def from_hf(cls, where: str, content: Mapping[str, Any]) -> Fp8Config:
+    def from_hf(cls, content: Any) -> Fp8Config:
         """Reads `quantization_config`; only the released scheme (fp8, e4m3, dynamic activations, blocks) is supported."""
-        for key, value in _FP8_FIXED.items():
-            _require(
-                content.get(key, value) == value,
-                f"{where}: quantization_config.{key}={content.get(key)!r} is not supported; only {value!r} is.",
-            )
-        _reject_unknown(f"{where}: quantization_config", content, set(_FP8_FIXED) | {f.name for f in dataclasses.fields(cls)})
-        block = tuple(content.get("weight_block_size") or (128, 128))
-        _require(
-            len(block) == 2 and all(isinstance(b, int) and b > 0 for b in block),
-            f"{where}: weight_block_size={block} must be two positive integers.",
-        )
-        return cls(block, content.get("scale_fmt"), tuple(content.get("modules_to_not_convert") or ()))
+        where = "quantization_config"
+        check_object(where, content)
+        require_fixed(where, content, FP8_FIXED)
+        reject_unknown(where, content, set(FP8_FIXED) | set(field_types(cls)))
+        values = {"scale_fmt": None} | read_fields(where, content, cls)
+        return cls(**values)
 
     def to_hf(self) -> dict[str, Any]:
         return {
-            **_FP8_FIXED,
+            **FP8_FIXED,
             "weight_block_size": list(self.weight_block_size),
             "scale_fmt": self.scale_fmt,
             "modules_to_not_convert": list(self.modules_to_not_convert),
         }
-
-
-_FP8_FIXED = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,9 +324,10 @@ class ModelConfig:
     quantization: Fp8Config | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name, tower in (("vision", self.vision), ("time-series", self.time_series)):
             if tower is not None:
-                _require(
+                require(
                     tower.out_hidden_size == self.text.hidden_size,
                     f"{name} out_hidden_size={tower.out_hidden_size} must equal the text hidden_size={self.text.hidden_size}.",
                 )
@@ -338,30 +354,19 @@ class ModelConfig:
         else:
             path = Path(source)
             path = path / "config.json" if path.is_dir() else path
-            content, where = _load_json(path), str(path)
-        if content.get("tie_word_embeddings"):
-            raise ConfigError(f"{where}: tie_word_embeddings=true is not supported; this family has a separate lm_head.")
-        _reject_unknown(where, content, _TOP_KEYS | {"text_config", "vision_config", "ts_config", "quantization_config"})
-        _require("text_config" in content, f"{where}: text_config is missing.")
-        default = content.get("dtype") or content.get("torch_dtype")
-        parts: dict[str, Any] = {
-            "text": _read_text(f"{where}: text_config", content["text_config"], default),
-            "vision": None,
-            "time_series": None,
-        }
-        for name, key, kind, fixed in (
-            ("vision", "vision_config", VisionConfig, _VISION_FIXED),
-            ("time_series", "ts_config", TimeSeriesConfig, _TIME_SERIES_FIXED),
-        ):
-            if content.get(key) is not None:
-                values = _read_part(f"{where}: {key}", content[key], kind, fixed, default or parts["text"].dtype)
-                parts[name] = kind(**values)
-        ids = {key: content[key] for key in _TOKEN_ID_KEYS if content.get(key) is not None}
-        quantization = content.get("quantization_config")
-        return cls(**parts, **ids, quantization=None if quantization is None else Fp8Config.from_hf(where, quantization))
+            content, where = load_json(path), str(path)
+        try:
+            return cls(**_read_model(content))
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
 
     def to_hf(self) -> dict[str, Any]:
-        """The content of the released `config.json` for this model; `from_hf` of it gives this config back."""
+        """The content of the released `config.json` for this model.
+
+        `from_hf` of it gives this config back, but for what that format has no place for: the router's `straight_through`,
+        `temperature` and `z_coef` come back as the defaults, and `param_dtype`, as well as the towers' dtypes, as the text's `dtype`.
+        `router_aux_loss_coef` is `balance_coef / num_experts_per_tok` (see `RouterConfig`).
+        """
         text = {k: v for k, v in dataclasses.asdict(self.text).items() if k not in ("fope", "router", "param_dtype")}
         text["mlp_only_layers"] = list(self.text.mlp_only_layers)
         text["rope_scaling"] = {"rope_type": "default"}
@@ -369,98 +374,68 @@ class ModelConfig:
             for key in ("init_factor", "sep_head"):
                 text["rope_scaling"][f"fope_{key}"] = getattr(self.text.fope, key)
             text["rope_scaling"]["num_inv_freq"] = self.text.fope.num_inv_freq
-        text["router_aux_loss_coef"] = self.text.router.balance_coef
-        text.update(_TEXT_FIXED, model_type="interns1_pro_text")
+        text["router_aux_loss_coef"] = self.text.router.balance_coef / max(self.text.num_experts_per_tok, 1)
+        text.update(TEXT_FIXED, model_type="interns1_pro_text")
         content: dict[str, Any] = {
             "architectures": ["InternS1ProForConditionalGeneration"],
             "model_type": "interns1_pro",
             "dtype": self.text.dtype,
             "tie_word_embeddings": False,
             "text_config": text,
-            **{key: getattr(self, key) for key in _TOKEN_ID_KEYS},
+            **{key: getattr(self, key) for key in TOKEN_ID_KEYS},
         }
         if self.vision is not None:
             vision = {k: v for k, v in dataclasses.asdict(self.vision).items() if k not in ("dtype", "param_dtype")}
-            content["vision_config"] = {**vision, **_VISION_FIXED, "model_type": "interns1_pro_vision"}
+            content["vision_config"] = {**vision, **VISION_FIXED, "model_type": "interns1_pro_vision"}
         if self.time_series is not None:
             series = {k: v for k, v in dataclasses.asdict(self.time_series).items() if k not in ("dtype", "param_dtype")}
-            content["ts_config"] = {**series, **_TIME_SERIES_FIXED, "model_type": "interns1_pro_time_series"}
+            content["ts_config"] = {**series, **TIME_SERIES_FIXED, "model_type": "interns1_pro_time_series"}
         if self.quantization is not None:
             content["quantization_config"] = self.quantization.to_hf()
         return content
 
 
-# Keys of the released files with one supported value: the architecture has no other.
-_TEXT_FIXED = {"hidden_act": "silu", "attention_dropout": 0.0}
-_VISION_FIXED = {"hidden_act": "gelu_pytorch_tanh"}
-_TIME_SERIES_FIXED = {
-    "activation_function": "gelu", "activation_dropout": 0.0, "attention_dropout": 0.0, "dropout": 0.0,
-    "encoder_layerdrop": 0.0, "scale_embedding": False,
-}  # fmt: skip
-_TOKEN_ID_KEYS = (
-    "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id",
-    "ts_token_id", "ts_start_token_id", "ts_end_token_id",
-)  # fmt: skip
-# Keys without effect on the model's numbers.
-_COMMON_KEYS = {
-    "model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache", "output_router_logits",
-    "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "_name_or_path", "_attn_implementation",
-    "attn_implementation", "initializer_range", "return_dict", "output_hidden_states", "output_attentions", "auto_map",
-}  # fmt: skip
-_TOP_KEYS = _COMMON_KEYS | set(_TOKEN_ID_KEYS) | {"vocab_size", "hidden_size", "name_or_path"}
+def _read_model(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `ModelConfig` in the content of a `config.json`."""
+    require(not content.get("tie_word_embeddings"), "tie_word_embeddings=true is not supported; this family has a separate lm_head.")
+    parts = {"text_config", "vision_config", "ts_config", "quantization_config"}
+    reject_unknown("top level", content, TOP_KEYS | parts)
+    require("text_config" in content, "text_config is missing.")
+    default = content.get("dtype") or content.get("torch_dtype")
+    text = _read_text(content["text_config"], default)
+    model: dict[str, Any] = {"text": text, "vision": None, "time_series": None}
+    for name, key, kind, fixed in (
+        ("vision", "vision_config", VisionConfig, VISION_FIXED),
+        ("time_series", "ts_config", TimeSeriesConfig, TIME_SERIES_FIXED),
+    ):
+        if content.get(key) is not None:
+            model[name] = kind(**read_part(key, content[key], kind, fixed, default or text.dtype))
+    for key in TOKEN_ID_KEYS:
+        if content.get(key) is not None:
+            check_type(key, content[key], int)
+            model[key] = content[key]
+    if content.get("quantization_config") is not None:
+        model["quantization"] = Fp8Config.from_hf(content["quantization_config"])
+    return model
 
 
-def _reject_unknown(where: str, content: Mapping[str, Any], known: set[str]) -> None:
-    unknown = sorted(set(content) - known)
-    _require(not unknown, f"{where}: unknown keys {unknown}; remove them, or check the spelling against the released config.json.")
-
-
-def _read_part(where: str, content: Any, kind: type, fixed: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
-    """The fields of dataclass `kind` found in `content`, after checking that nothing else there matters."""
-    _require(isinstance(content, Mapping), f"{where} must be a JSON object, not {type(content).__name__}.")
-    fields = {f.name for f in dataclasses.fields(kind)} - {"dtype", "param_dtype", "fope", "router"}
-    _reject_unknown(where, content, fields | set(fixed) | _COMMON_KEYS | {"rope_scaling", "rope_parameters", "router_aux_loss_coef"})
-    for key, value in fixed.items():
-        _require(content.get(key, value) == value, f"{where}: {key}={content.get(key)!r} is not supported; only {value!r} is.")
-    values = {k: v for k, v in content.items() if k in fields}
-    stored = content.get("dtype") or content.get("torch_dtype") or dtype or "bfloat16"
-    return {**values, "dtype": stored, "param_dtype": stored}
-
-
-def _read_text(where: str, content: Any, dtype: str | None) -> TextConfig:
-    values = _read_part(where, content, TextConfig, _TEXT_FIXED, dtype)
-    if values.get("num_key_value_heads") is None:
-        values["num_key_value_heads"] = values.get("num_attention_heads", TextConfig.num_attention_heads)
-    if values.get("head_dim") is None:
-        values["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
-    values["mlp_only_layers"] = tuple(values.get("mlp_only_layers") or ())
-    values["router_n_groups"] = max(int(values.get("router_n_groups") or 1), 1)
-    scaling = dict(content.get("rope_scaling") or content.get("rope_parameters") or {})
-    rope_type = scaling.pop("rope_type", scaling.pop("type", "default"))
-    _require(rope_type == "default", f"{where}: rope_scaling.rope_type={rope_type!r} is not supported; only 'default' is.")
-    if (theta := scaling.pop("rope_theta", None)) is not None:
+def _read_text(content: Any, dtype: str | None) -> TextConfig:
+    where = "text_config"
+    values = read_part(where, content, TextConfig, TEXT_FIXED, dtype)
+    heads = values.setdefault("num_attention_heads", TextConfig.num_attention_heads)
+    check_positive(f"{where}.num_attention_heads", heads)
+    values.setdefault("num_key_value_heads", heads)
+    values.setdefault("head_dim", values.get("hidden_size", TextConfig.hidden_size) // heads)
+    values["router_n_groups"] = max(values.get("router_n_groups", 1), 1)
+    scaling = content.get("rope_scaling") or content.get("rope_parameters") or {}
+    check_object(f"{where}.rope_scaling", scaling)
+    fope, theta = read_rope(f"{where}.rope_scaling", scaling)
+    values["fope"] = None if fope is None else FopeConfig(**fope)
+    if theta is not None:
         values.setdefault("rope_theta", theta)
-    keys = ("fope_init_factor", "fope_sep_head", "num_inv_freq", "fope_num_inv_freq")
-    _reject_unknown(f"{where}.rope_scaling", scaling, set(keys))
-    factor, sep_head, *counts = (scaling.get(key) for key in keys)
-    count = counts[0] if counts[0] is not None else counts[1]
-    values["fope"] = None  # Fourier encoding is on iff any of its keys is set (spec 2.3)
-    if factor is not None or sep_head is not None or count is not None:
-        values["fope"] = FopeConfig(
-            init_factor=FopeConfig.init_factor if factor is None else factor, sep_head=bool(sep_head), num_inv_freq=count
-        )
-    if content.get("router_aux_loss_coef") is not None:
-        values["router"] = RouterConfig(balance_coef=content["router_aux_loss_coef"])
+    coef = AUX_LOSS_COEF if content.get("router_aux_loss_coef") is None else content["router_aux_loss_coef"]
+    check_type(f"{where}.router_aux_loss_coef", coef, float)
+    experts = values.get("num_experts_per_tok", TextConfig.num_experts_per_tok)
+    # Twelve digits, so that the division that wrote the coefficient is undone exactly.
+    values["router"] = RouterConfig(balance_coef=float(f"{coef * max(experts, 1):.12g}"))
     return TextConfig(**values)
-
-
-def _load_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object; names the file where it is missing or broken."""
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist; give a directory or file of the released layout.") from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is not valid JSON ({error}); fetch it again.") from error
-    _require(isinstance(content, dict), f"{path} must hold a JSON object, not {type(content).__name__}.")
-    return content

@@ -83,9 +83,15 @@ def gradients(subject: Subject, batch: TrainingBatch, aux_coef: float = 0.0) -> 
     return Gradients(float(loss), float(aux), hf_tensors(hf_parameters(subject.config), grads))
 
 
+def _aux_coef(subject: Subject) -> float:
+    """The weight of the official auxiliary loss, which sums over the chosen experts where ours is a mean (`RouterConfig`)."""
+    text = subject.config.text
+    return text.router.balance_coef / max(text.num_experts_per_tok, 1)
+
+
 def check_train(golden: Golden, subject: Subject) -> None:
     """Losses, and full gradients of routers and of some other parameters; `mm_*` is a batch with images."""
-    coef = subject.config.text.router.balance_coef
+    coef = _aux_coef(subject)
     batch = TrainingBatch.read(golden)
     plain = gradients(subject, batch)
     golden.compare("loss", plain.loss)
@@ -111,7 +117,7 @@ def check_gradient_norms(golden: Golden, subject: Subject) -> None:
     source = directory / "train.npz" if (directory / "train.npz").is_file() else directory / "text_ragged.npz"
     arrays = Golden.open(source, source.name)
     batch = TrainingBatch.read(arrays)
-    coef = float(golden.get("router_aux_loss_coef", subject.config.text.router.balance_coef))
+    coef = float(golden.get("router_aux_loss_coef", _aux_coef(subject)))
     plain = gradients(subject, batch)
     golden.compare("loss", plain.loss)
     golden.compare("aux_loss", plain.aux_loss)
