@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 from jaxtyping import Bool, Int
 
-from interns1pro_jax.config import VisionConfig
+from interns1pro_jax.config import ConfigError, ModelConfig, VisionConfig
 from interns1pro_jax.data.image_processing import PixelBounds, grid_of, image_item
 from interns1pro_jax.data.packing import RowSize
 from interns1pro_jax.data.records import Document, ImagePart, SignalPart, TextPart
@@ -16,6 +16,8 @@ from interns1pro_jax.models.vision_inputs import VisionItem, tokens_per_item
 from interns1pro_jax.ops.losses import IGNORED
 from interns1pro_jax.tokenizer import base
 from interns1pro_jax.tokenizer.base import Tokenizer
+
+_NO_TOWER = "the data has {}, but the model has no {} tower; set ModelConfig.{}, or prepare data without them."
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,12 +50,12 @@ class DocumentEncoder:
 
     Attributes:
       tokenizer: of the model.
-      vision: patch sizes of the model's vision tower.
+      model: which towers there are, and the patch sizes of the vision tower.
       bounds: how large images may be.
     """
 
     tokenizer: Tokenizer
-    vision: VisionConfig
+    model: ModelConfig
     bounds: PixelBounds
 
     def tokenize(self, document: Document, end: bool = True) -> Tokens:
@@ -64,6 +66,7 @@ class DocumentEncoder:
 
         Raises:
           ValueError: a medium that cannot be encoded.
+          ConfigError: a medium that the model has no tower for.
         """
         special = self.tokenizer.special
         ids: list[int] = []
@@ -80,11 +83,13 @@ class DocumentEncoder:
                 case TextPart(text):
                     append(self.tokenizer.encode(text), True)
                 case ImagePart(pixels):
-                    grid = grid_of(pixels.shape[0], pixels.shape[1], self.vision, self.bounds)
-                    fill = [special(base.IMAGE)] * tokens_per_item(grid, self.vision)
+                    grid = grid_of(pixels.shape[0], pixels.shape[1], self._vision, self.bounds)
+                    fill = [special(base.IMAGE)] * tokens_per_item(grid, self._vision)
                     append([special(base.VISION_START), *fill, special(base.VISION_END)], False)
                     patches += grid[1] * grid[2]
                 case SignalPart(samples, rate, _):
+                    if self.model.time_series is None:
+                        raise ConfigError(_NO_TOWER.format("signals", "time-series", "time_series"))
                     signal = prepare_signal(samples, rate)
                     append([special(base.SIGNAL_START), *[special(base.SIGNAL)] * signal.tokens, special(base.SIGNAL_END)], False)
                     signals.append(signal)
@@ -94,6 +99,12 @@ class DocumentEncoder:
         size = RowSize(len(ids), patches, needed.values, needed.rows, needed.pairs, needed.patch_width)
         return Tokens(np.array(ids, np.int32), np.array(is_text, bool), signals, size)
 
+    @property
+    def _vision(self) -> VisionConfig:
+        if self.model.vision is None:
+            raise ConfigError(_NO_TOWER.format("images", "vision", "vision"))
+        return self.model.vision
+
     def images(self, document: Document) -> list[VisionItem]:
         """Patches of the images, in reading order."""
-        return [image_item(part.pixels, self.vision, self.bounds) for part in document.parts if isinstance(part, ImagePart)]
+        return [image_item(part.pixels, self._vision, self.bounds) for part in document.parts if isinstance(part, ImagePart)]

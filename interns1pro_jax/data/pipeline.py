@@ -7,7 +7,7 @@ epoch, only their order changes. So batch k needs to read no more than the docum
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import grain
@@ -119,6 +119,7 @@ class PackedData:
 
     Raises:
       DataError: no usable document, or too many unusable ones.
+      ConfigError: the model has too small a vocabulary, or no tower for a medium of the documents.
     """
 
     def __init__(
@@ -158,12 +159,12 @@ class PackedData:
         """Batch `step`, from 0."""
         return self._batches[step]
 
-    def in_order(self) -> list[Batch]:
-        """Every row once, in the order of the plan; the last batch is filled up with empty rows."""
+    def in_order(self) -> Iterator[Batch]:
+        """Every row once, in the order of the plan; the last batch is filled up with empty rows. A batch is made when it is asked for."""
         size = self._config.batch_size
-        rows = [self.assemble(row) for row in self.rows]
-        rows += [AssembledRow.empty(self._config.row.tokens)] * (-len(rows) % size)
-        return [self._collate(rows[start : start + size]) for start in range(0, len(rows), size)]
+        for start in range(0, len(self.rows), size):
+            rows = [self.assemble(row) for row in self.rows[start : start + size]]
+            yield self._collate(rows + [AssembledRow.empty(self._config.row.tokens)] * (size - len(rows)))
 
     def assemble(self, row: Row) -> AssembledRow:
         """The arrays of a planned row. A document that has become unreadable since it was measured leaves padding behind."""
@@ -199,6 +200,8 @@ class PackedData:
         try:
             document = self._source[index]
             return document, self._encoder.tokenize(document)
+        except ConfigError:
+            raise  # the model is wrong for all documents of this kind, not the document for the model
         except (DataError, ValueError) as error:
             self.quarantine.add(self._source.name(index), str(error))
             return None

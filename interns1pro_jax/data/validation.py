@@ -15,7 +15,7 @@ from interns1pro_jax.data.packing import RowSize
 from interns1pro_jax.data.pipeline import AssembledRow, DocumentSource, PackedData, PipelineConfig, collate
 from interns1pro_jax.data.records import Document, ImagePart, SignalPart
 from interns1pro_jax.data.sources import DocumentList
-from interns1pro_jax.models.inputs import Batch, ModelInputs
+from interns1pro_jax.models.inputs import ModelInputs
 
 MEDIA = {"image": ImagePart, "signal": SignalPart}
 _GREY = 128
@@ -23,7 +23,7 @@ _GREY = 128
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Ablation:
-    """The same documents three times, as batches whose labels are the text after the medium.
+    """The same documents three times; the labels are the text after the medium. Batches are made when they are asked for (`in_order`).
 
     Attributes:
       intact: as they are.
@@ -32,35 +32,32 @@ class Ablation:
       documents: how many there are.
     """
 
-    intact: list[Batch]
-    removed: list[Batch]
-    swapped: list[Batch]
+    intact: PackedData
+    removed: PackedData
+    swapped: PackedData
     documents: int
 
 
-def ablation(source: DocumentSource, encoder: DocumentEncoder, model: ModelConfig, config: PipelineConfig, medium: str) -> Ablation:
+def ablation(source: DocumentSource, encoder: DocumentEncoder, model: ModelConfig, config: PipelineConfig, medium: str) -> Ablation | None:
     """The ablation of all documents with one `medium` ("image" or "signal"). What follows the medium can only be told from it and from
     the text before it, so a model that uses it must be worse without it.
 
-    Documents without a partner of the same number of placeholders are left out of all three.
-
-    Raises:
-      ValueError: no document with such a medium, or no partner for any.
+    Documents without a partner of the same number of placeholders are left out of all three, and so is a document whose row the
+    partner's medium would not fit into. None if no document is left.
     """
     documents = [source[index] for index in range(len(source))]
     pairs = list(_partners([d for d in documents if sum(isinstance(p, MEDIA[medium]) for p in d.parts) == 1], encoder))
-    if not pairs:
-        raise ValueError(f"no two of {len(documents)} documents with one {medium} have as many placeholders as each other.")
-
-    def batches(changed: Sequence[Document]) -> list[Batch]:
-        return PackedData(DocumentList(changed), encoder, model, config, caption_labels).in_order()
-
-    return Ablation(
-        intact=batches([document for document, _ in pairs]),
-        removed=batches([_with_medium(document, medium, _blank(document, medium)) for document, _ in pairs]),
-        swapped=batches([_with_medium(document, medium, _medium(other, medium)) for document, other in pairs]),
-        documents=len(pairs),
+    triples = [
+        (document, _with_medium(document, medium, _blank(document, medium)), _with_medium(document, medium, _medium(other, medium)))
+        for document, other in pairs
+    ]
+    triples = [triple for triple in triples if not any(encoder.tokenize(each).size.misfit(config.row) for each in triple)]
+    if not triples:
+        return None
+    intact, removed, swapped = (
+        PackedData(DocumentList(changed), encoder, model, config, caption_labels) for changed in zip(*triples, strict=True)
     )
+    return Ablation(intact, removed, swapped, len(triples))
 
 
 def caption_labels(tokens: Tokens) -> Int[np.ndarray, " tokens"]:
@@ -133,7 +130,7 @@ def prompts(
         tokens = encoder.tokenize(document)
         media = np.flatnonzero(~tokens.is_text)
         gaps = np.flatnonzero(np.diff(media) > 1)
-        stop = min(text_tokens, len(tokens.ids)) if not media.size else int(media[gaps[0]] if gaps.size else media[-1]) + 1
+        stop = min(text_tokens, row.tokens, len(tokens.ids)) if not media.size else int(media[gaps[0]] if gaps.size else media[-1]) + 1
         assembled = AssembledRow.empty(row.tokens)
         assembled.put(0, tokens.ids[:stop], tokens.labels()[:stop], segment=1)
         first = next((part for part in document.parts if isinstance(part, ImagePart | SignalPart)), None)

@@ -63,7 +63,7 @@ def model(tokenizer):
 
 @pytest.fixture(scope="session")
 def encoder(tokenizer, model):
-    return DocumentEncoder(tokenizer, model.vision, PixelBounds(1024, 4096))
+    return DocumentEncoder(tokenizer, model, PixelBounds(1024, 4096))
 
 
 @pytest.fixture(scope="session")

@@ -120,7 +120,7 @@ def test_batches_are_what_the_model_accepts_and_have_one_shape(data, model, conf
 
 def test_media_packs_are_those_of_the_rows(data, model, config):
     step_rows = [data.assemble(row) for row in data.rows[: config.batch_size]]
-    batch = data.in_order()[0]
+    batch = next(data.in_order())
     vision = pack_vision([row.images for row in step_rows], model.vision, size=config.row.patches)
     signals = pack_time_series([row.signals for row in step_rows], model.time_series, sizes=config.row.time_series)
     assert same(batch.inputs.vision, vision) and same(batch.inputs.time_series, signals)
@@ -209,6 +209,17 @@ def test_nothing_usable_is_an_error(encoder, model, config, documents):
         dataclasses.replace(config, row=RowSize(10, signal_pairs=3))
     with pytest.raises(ConfigError, match="batch_size=0"):
         dataclasses.replace(config, batch_size=0)
+
+
+def test_media_need_their_tower(documents, encoder, model, config):
+    for medium, tower in (("image", "vision"), ("signal", "time_series")):
+        blind = dataclasses.replace(model, **{tower: None})
+        blind_encoder = dataclasses.replace(encoder, model=blind)
+        with pytest.raises(ConfigError, match=rf"the data has {medium}s, but .* set ModelConfig\.{tower}"):
+            PackedData(DocumentList(documents), blind_encoder, blind, config)
+        others = [d for d in documents if d.source not in (medium, "both")]
+        data = PackedData(DocumentList(others), blind_encoder, blind, config)
+        assert getattr(data[0].inputs, tower) is None and not data.quarantine.reasons
 
 
 def test_text_without_media_needs_no_packs(documents, encoder, model, config):
