@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 import optax
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from rich.console import Console
 
@@ -21,11 +23,11 @@ from interns1pro_jax.checkpoint.manager import CheckpointManager
 from interns1pro_jax.config import ConfigError, ModelConfig
 from interns1pro_jax.data.encoding import DocumentEncoder
 from interns1pro_jax.data.image_processing import PixelBounds
-from interns1pro_jax.data.pipeline import PackedData, PipelineConfig
+from interns1pro_jax.data.pipeline import DocumentSource, PackedData, PipelineConfig
 from interns1pro_jax.data.prepared import PreparedData
-from interns1pro_jax.data.records import Document, ImagePart, SignalPart
+from interns1pro_jax.data.sources import DocumentList
 from interns1pro_jax.data.unigram import unigram_loss
-from interns1pro_jax.data.validation import MEDIA, ablation, prompts
+from interns1pro_jax.data.validation import MEDIA, Prompts, ablation, prompts
 from interns1pro_jax.infer.generate import generate
 from interns1pro_jax.infer.sampling import GREEDY, Sampling
 from interns1pro_jax.models.inputs import Batch
@@ -33,9 +35,10 @@ from interns1pro_jax.models.interns1pro import InternS1Pro, create_model
 from interns1pro_jax.optim.optimizer import OptimizerConfig, make_optimizer
 from interns1pro_jax.tokenizer import base
 from interns1pro_jax.train.feed import place_batch
-from interns1pro_jax.train.loop import LoopConfig
+from interns1pro_jax.train.loop import LoopConfig, default_writers
 from interns1pro_jax.train.loop import train as train_loop
-from interns1pro_jax.train.report import CaptionLoss, ReportData, Sample, write_report
+from interns1pro_jax.train.metrics import Writer, replace
+from interns1pro_jax.train.report import OPERATIVE_CONFIG, CaptionLoss, HeldOut, ReportData, Sample, write_report
 from interns1pro_jax.train.state import TrainState, init_state
 from interns1pro_jax.train.step import make_eval_step, make_train_step
 
@@ -48,8 +51,9 @@ class PreparedCorpus:
       directory: of the prepared data.
       pipeline: sizes of rows and batches.
       smallest_image, largest_image: bounds of an image's area after resizing, in pixels.
-      evaluation_batches: batches of held-out rows that an evaluation reads.
-      samples: held-out documents whose beginnings the report continues: with an image, with a signal and of text, in turn.
+      evaluation_batches: batches of held-out rows that an evaluation during training reads; the one at the end reads all.
+      samples: held-out documents whose beginnings the report continues: with an image, with a signal and of text, in turn. A mesh
+        that splits the sequence cannot generate, and writes none.
     """
 
     directory: str
@@ -79,26 +83,34 @@ def train(
     """Trains `model` on `corpus`, evaluates it on held-out documents and writes `report.md` to `workdir`.
 
     The model's vocabulary and placeholder ids are those of the corpus's tokenizer. A run that was stopped or killed goes on from
-    its last checkpoint when it is started again with the same workdir.
+    its last checkpoint when it is started again with the same workdir. All that the report needs of the data is made before
+    training begins.
+
+    Raises:
+      ConfigError: the model and the data do not fit together: vocabulary, or no tower for a medium of the data.
+      DataError: the data is absent or damaged.
+      CheckpointError: the workdir holds the checkpoints of another run, or cannot be written.
+      NonFiniteError: see `LoopConfig.skip_nonfinite`.
     """
     console = Console(quiet=jax.process_index() != 0)
     prepared = PreparedData.open(corpus.directory)
     tokenizer = prepared.tokenizer()
-    if model.vision is None:
-        raise ConfigError("the prepared data has images; give the model a vision tower (ModelConfig.vision).")
     if model.text.vocab_size < tokenizer.vocab_size:
         raise ConfigError(
             f"the tokenizer has {tokenizer.vocab_size} ids; TextConfig.vocab_size={model.text.vocab_size} must not be smaller."
         )
-    encoder = DocumentEncoder(tokenizer, model.vision, PixelBounds(corpus.smallest_image, corpus.largest_image))
     token_ids: dict[str, Any] = {**base.model_token_ids(tokenizer)}
     model = dataclasses.replace(model, **token_ids)
+    encoder = DocumentEncoder(tokenizer, model, PixelBounds(corpus.smallest_image, corpus.largest_image))
     console.print("measuring documents")
     training = PackedData(prepared.source("train"), encoder, model, corpus.pipeline)
     held_out = PackedData(prepared.source("validation"), encoder, model, corpus.pipeline)
     unigram = unigram_loss(training.label_counts, held_out.label_counts)
     for name, data in (("training", training), ("held-out", held_out)):
         console.print(f"{name}: {len(data.sizes):,} documents in {data.rows_per_epoch:,} rows; {len(data.quarantine.reasons)} set aside")
+    source = prepared.source("validation")
+    with_media = DocumentList([source[index] for index, size in held_out.sizes.items() if not size.text_only])
+    ablations = {medium: found for medium in MEDIA if (found := ablation(with_media, encoder, model, corpus.pipeline, medium))}
 
     with jax.set_mesh(mesh):
         optim = make_optimizer(optimizer, schedule)
@@ -108,17 +120,19 @@ def train(
         console.print(f"{parameters:,} parameters on the mesh {dict(mesh.shape)}; unigram loss of the held-out text {unigram:.3f}")
         evaluate_batch = make_eval_step(graphdef)
 
-        def mean_loss(state: TrainState, batches: Sequence[Batch]) -> float:
+        def mean_loss(state: TrainState, batches: Iterable[Batch]) -> float:
             sums = [evaluate_batch(state, place_batch(batch)) for batch in batches]
             return float(sum(float(s) for s, _ in sums) / max(sum(int(n) for _, n in sums), 1))
 
-        validation = held_out.in_order()[: corpus.evaluation_batches]
-        identity = {
-            "model": dataclasses.asdict(model),
-            "data": prepared.fingerprint,
-            "seed": seed,
-            "batch_size": corpus.pipeline.batch_size,
-        }
+        def writers(workdir: Path) -> Sequence[Writer]:
+            # Asked for once the checkpoint, if there is one, has been found to be of this run: a killed run has its configuration,
+            # and one that is refused leaves that of its predecessor.
+            replace(workdir / OPERATIVE_CONFIG, gin.operative_config_str().encode())
+            return default_writers(workdir)
+
+        beginnings = _beginnings(held_out, source, encoder, corpus)
+        some_held_out = list(itertools.islice(held_out.in_order(), corpus.evaluation_batches))
+        identity = run_identity(model, corpus, prepared.fingerprint, optimizer, seed)
         with CheckpointManager(workdir / "checkpoints", identity, keep_last=keep_checkpoints) as checkpoints:
             state = train_loop(
                 state,
@@ -127,27 +141,32 @@ def train(
                 loop,
                 workdir=workdir,
                 checkpoints=checkpoints,
-                evaluate=lambda state: {"loss": mean_loss(state, validation)},
+                evaluate=lambda state: {"loss": mean_loss(state, some_held_out)},
+                writers=writers,
                 console=console,
             )
 
-        console.print("evaluating captions with their media, without them, and with others'")
-        captions = {}
-        for medium in MEDIA:
-            parts = ablation(prepared.source("validation"), encoder, model, corpus.pipeline, medium)
-            captions[medium] = CaptionLoss(*(mean_loss(state, b) for b in (parts.intact, parts.removed, parts.swapped)))
-        console.print("writing samples")
-        samples = _samples(nnx.merge(graphdef, state.params, state.buffers), prepared, encoder, corpus, sampling, sample_tokens)
+        console.print("evaluating all held-out documents, and captions with their media, without them, and with others'")
+        on_held_out = HeldOut(mean_loss(state, held_out.in_order()), unigram, int(held_out.label_counts.sum()))
+        captions = {
+            medium: CaptionLoss(*(mean_loss(state, data.in_order()) for data in (parts.intact, parts.removed, parts.swapped)))
+            for medium, parts in ablations.items()
+        }
+        network = nnx.merge(graphdef, state.params, state.buffers)
+        samples = []
+        if beginnings is not None:
+            console.print("writing samples")
+            samples = _samples(network, beginnings, encoder, sampling, sample_tokens)
         load = rows = None
         if model.text.num_moe_layers:
-            load, rows = _routing_of(nnx.merge(graphdef, state.params, state.buffers), training[0])
+            load, rows = _routing_of(network, training[0])
         if jax.process_index() == 0:
             report = write_report(
                 workdir,
                 ReportData(
                     title=title,
                     facts={"parameters": f"{parameters:,}", "mesh": json.dumps(dict(mesh.shape)), "data": prepared.fingerprint},
-                    unigram_loss=unigram,
+                    held_out=on_held_out,
                     captions=captions,
                     samples=samples,
                     expert_load=load,
@@ -159,21 +178,39 @@ def train(
             console.print(f"report: {report}")
 
 
-def _samples(
-    model: InternS1Pro, prepared: PreparedData, encoder: DocumentEncoder, corpus: PreparedCorpus, sampling: Sampling, new_tokens: int
-) -> list[Sample]:
-    """What the model makes of the beginnings of held-out documents."""
-    source = prepared.source("validation")
-    kinds: list[list[Document]] = [[], [], []]
-    for document in (source[index] for index in range(len(source))):
-        has = [any(isinstance(part, kind) for part in document.parts) for kind in (ImagePart, SignalPart)]
-        kinds[has.index(True) if any(has) else 2].append(document)
-    count = -(-corpus.samples // sharding.shards("batch")) * sharding.shards("batch")
-    chosen = [kind[(index // 3 * 37) % len(kind)] for index, kind in ((i, kinds[i % 3]) for i in range(count)) if kind]
-    chosen = chosen[: len(chosen) // sharding.shards("batch") * sharding.shards("batch")]
-    if not chosen:
-        return []
-    beginnings = prompts(chosen, encoder, model.config, corpus.pipeline.row)
+def run_identity(model: ModelConfig, corpus: PreparedCorpus, fingerprint: str, optimizer: OptimizerConfig, seed: int) -> dict[str, Any]:
+    """What a run must have in common with the one whose checkpoint it continues: all that decides its batches and its state.
+
+    The schedule may change: a run can be made longer, or its decay begun, from a checkpoint. Mesh and rematerialisation change
+    nothing but rounding.
+    """
+    return {
+        "model": dataclasses.asdict(model),
+        "data": fingerprint,
+        "pipeline": dataclasses.asdict(corpus.pipeline),
+        "smallest_image": corpus.smallest_image,
+        "largest_image": corpus.largest_image,
+        "optimizer": dataclasses.asdict(optimizer),
+        "seed": seed,
+    }
+
+
+def _beginnings(held_out: PackedData, source: DocumentSource, encoder: DocumentEncoder, corpus: PreparedCorpus) -> Prompts | None:
+    """Beginnings of held-out documents of every kind in turn, as many as divide over the mesh; None where there are none to continue."""
+    if sharding.axis_size("context") > 1:
+        return None
+    kinds: list[list[int]] = [[], [], []]
+    for index in np.random.default_rng(0).permutation(sorted(held_out.sizes)).tolist():
+        size = held_out.sizes[index]
+        kinds[0 if size.patches else 1 if size.samples else 2].append(index)
+    in_turn = [index for turn in itertools.zip_longest(*kinds) for index in turn if index is not None]
+    shards = sharding.shards("batch")
+    count = min(-(-corpus.samples // shards), len(in_turn) // shards) * shards
+    return prompts([source[index] for index in in_turn[:count]], encoder, encoder.model, corpus.pipeline.row) if count else None
+
+
+def _samples(model: InternS1Pro, beginnings: Prompts, encoder: DocumentEncoder, sampling: Sampling, new_tokens: int) -> list[Sample]:
+    """What the model makes of the beginnings of documents."""
     stop = encoder.tokenizer.special(base.END_OF_TEXT)
     result = generate(model, beginnings.inputs, new_tokens, sampling=sampling, stop_tokens=(stop,))
     return [
@@ -186,7 +223,8 @@ def _routing_of(model: InternS1Pro, batch: Batch) -> tuple[np.ndarray, list[int]
     """Assignments of every expert [MoE layers, experts] in one batch, and the rows of expert products that each device of the
     mesh had in the first MoE layer, counted from the routing that the model chose."""
     text = model.config.text
-    routing_LBTGC = np.asarray(jax.jit(lambda m, i: m(i).routing_LBTGC)(model, place_batch(batch.inputs)))
+    routing_LBTGC = jax.jit(lambda m, i: m(i).routing_LBTGC)(model, place_batch(batch.inputs))
+    routing_LBTGC = multihost_utils.process_allgather(routing_LBTGC, tiled=True)
     experts = routing_LBTGC + text.experts_per_group * np.arange(text.router_n_groups)[:, None]
     load = np.stack([np.bincount(layer.ravel(), minlength=text.num_experts) for layer in experts])
     parts, ranks = sharding.axis_size("data", "fsdp"), sharding.axis_size("expert")

@@ -24,6 +24,15 @@ OPERATIVE_CONFIG = "operative_config.gin"
 
 
 @dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """The loss on all held-out documents, in nats per token, and that of a unigram model on exactly the same `tokens`."""
+
+    loss: float
+    unigram_loss: float
+    tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
 class CaptionLoss:
     """Mean loss (nats per token) of the captions of held-out media: as they are, without the medium, with another one's medium."""
 
@@ -49,7 +58,7 @@ class ReportData:
       title: one line.
       summary: a paragraph in Markdown: what was trained on what.
       facts: rows of the table of numbers that only the caller knows (parameters, mesh, data).
-      unigram_loss: loss of a unigram model on the validation data, nats per token.
+      held_out: the evaluation of the trained model; the records have evaluations of a part of the held-out data.
       captions: by kind of medium.
       expert_load: [MoE layers, experts], assignments as counts or shares.
       router_groups: groups of the experts, contiguous.
@@ -60,7 +69,7 @@ class ReportData:
     title: str
     summary: str = ""
     facts: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    unigram_loss: float | None = None
+    held_out: HeldOut | None = None
     captions: Mapping[str, CaptionLoss] = dataclasses.field(default_factory=dict)
     samples: Sequence[Sample] = ()
     expert_load: np.ndarray | None = None
@@ -83,7 +92,7 @@ def write_report(workdir: Path, data: ReportData) -> Path:
         rows = [(kind, *(f"{x:.3f}" for x in dataclasses.astuple(loss))) for kind, loss in data.captions.items()]
         parts += ["## What the media are worth", "Loss of captions in nats per token; it should grow to the right of the first column."]
         parts.append(_table(("medium", "its own medium", "medium removed", "another's medium"), rows))
-    parts += ["## Loss", _picture(workdir, "loss.png", _loss(records, data.unigram_loss))]
+    parts += ["## Loss", _picture(workdir, "loss.png", _loss(records, data.held_out))]
     parts.append(_picture(workdir, "optimizer.png", _optimizer(records)))
     if data.rows_per_device is not None:
         parts += ["## Rows per device", "Equal by construction: each device holds a whole number of router groups."]
@@ -123,9 +132,10 @@ def _numbers(records: Sequence[Mapping[str, Any]], data: ReportData) -> list[tup
     rows.append(("training loss, mean of the last tenth", f"{losses[-max(len(losses) // 10, 1) :].mean():.4f}" if len(losses) else "none"))
     _, validation = _column(records, "eval/loss")
     if len(validation):
-        rows.append(("validation loss", f"{validation[-1]:.4f}"))
-    if data.unigram_loss is not None:
-        rows.append(("loss of a unigram model there", f"{data.unigram_loss:.4f}"))
+        rows.append(("validation loss, last during training (a part of the held-out data)", f"{validation[-1]:.4f}"))
+    if data.held_out is not None:
+        rows.append((f"validation loss, all {data.held_out.tokens:,} held-out tokens", f"{data.held_out.loss:.4f}"))
+        rows.append(("loss of a unigram model on the same tokens", f"{data.held_out.unigram_loss:.4f}"))
     rows.append(("steps skipped as not finite", str(sum(r["finite"] == 0 for r in records))))
     return [*rows, *data.facts.items()]
 
@@ -154,16 +164,17 @@ def _plot(width: float, height: float, ylabel: str, xlabel: str = "step") -> tup
     return figure, axes
 
 
-def _loss(records: Sequence[Mapping[str, Any]], unigram: float | None) -> Figure:
+def _loss(records: Sequence[Mapping[str, Any]], held_out: HeldOut | None) -> Figure:
     figure, axes = _plot(8, 4, "loss (nats per token)")
     steps, losses = _column(records, "loss")
     axes.plot(steps, losses, color="C0", alpha=0.25, linewidth=0.8)
     axes.plot(steps, _smooth(losses), color="C0", label="training (smoothed)")
     steps, losses = _column(records, "eval/loss")
     if len(steps):
-        axes.plot(steps, losses, "o-", color="C1", markersize=4, label="validation")
-    if unigram is not None:
-        axes.axhline(unigram, color="0.4", linestyle="--", label="unigram model on the validation data")
+        axes.plot(steps, losses, "o-", color="C1", markersize=4, label="validation, a part of the held-out data")
+    if held_out is not None:
+        axes.plot(records[-1]["step"], held_out.loss, "D", color="C3", markersize=5, label="validation, all held-out data")
+        axes.axhline(held_out.unigram_loss, color="0.4", linestyle="--", label="unigram model, all held-out data")
     axes.legend(edgecolor="none")
     return figure
 

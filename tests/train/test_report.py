@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from interns1pro_jax.train.metrics import JsonLines
-from interns1pro_jax.train.report import CaptionLoss, ReportData, Sample, write_report
+from interns1pro_jax.train.report import CaptionLoss, HeldOut, ReportData, Sample, write_report
 
 
 def write_records(workdir, evaluations=True):
@@ -32,7 +32,7 @@ def test_a_full_report(tmp_path):
         title="Demo",
         summary="A small model.",
         facts={"parameters": "1,000"},
-        unigram_loss=6.5,
+        held_out=HeldOut(loss=1.375, unigram_loss=6.5, tokens=12_345),
         captions={"image": CaptionLoss(true=1.0, removed=2.25, swapped=3.5)},
         samples=[Sample("Say", "````\n# not a heading", "this")],
         expert_load=np.random.default_rng(0).random((4, 16)),
@@ -42,7 +42,8 @@ def test_a_full_report(tmp_path):
     )
     text = write_report(tmp_path, data).read_text()
     for part in (
-        "# Demo", "| validation loss | 1.2500 |", "| loss of a unigram model there | 6.5000 |", "| image | 1.000 | 2.250 | 3.500 |",
+        "# Demo", "| validation loss, all 12,345 held-out tokens | 1.3750 |", "| loss of a unigram model on the same tokens | 6.5000 |",
+        "| validation loss, last during training (a part of the held-out data) | 1.2500 |", "| image | 1.000 | 2.250 | 3.500 |",
         "| steps skipped as not finite | 1 |", "| parameters | 1,000 |", "| tokens with a loss | 400 |", "| tokens/s, median | 1,234 |",
         "`````text\n````\n# not a heading\n`````", "train.steps = 40", "| jax |",
     ):  # fmt: skip
