@@ -54,12 +54,21 @@ def _as_function(target: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @gin.configurable
-def platform(emulated_cpu_devices: int | None = None, xla_flags: Sequence[str] = (), libtpu_flags: Sequence[str] = ()) -> None:
+def platform(
+    emulated_cpu_devices: int | None = None,
+    xla_flags: Sequence[str] = (),
+    libtpu_flags: Sequence[str] = (),
+    distributed: bool = False,
+) -> None:
     """Prepares the backend; must run before JAX looks for devices.
 
     Args:
       emulated_cpu_devices: run on this many emulated CPU devices instead of the accelerators present.
       xla_flags: added to XLA_FLAGS; libtpu_flags: added to LIBTPU_INIT_ARGS.
+      distributed: this process is one of several, which find each other through their cluster (TPU slices, SLURM, MPI, Kubernetes).
+
+    Raises:
+      ConfigError: `distributed`, but the cluster is none that JAX knows.
     """
     if emulated_cpu_devices is not None:
         xla_flags = (*xla_flags, f"--xla_force_host_platform_device_count={emulated_cpu_devices}")
@@ -67,3 +76,11 @@ def platform(emulated_cpu_devices: int | None = None, xla_flags: Sequence[str] =
     for variable, added in (("XLA_FLAGS", xla_flags), ("LIBTPU_INIT_ARGS", libtpu_flags)):
         if added:
             os.environ[variable] = " ".join([os.environ.get(variable, ""), *added]).strip()
+    if distributed:
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:
+            raise config.ConfigError(
+                f"platform.distributed=True, but JAX finds no cluster to join ({error}); start the processes by one that it knows, or "
+                "set it to False for one process."
+            ) from error
