@@ -364,7 +364,7 @@ class ModelConfig:
         """The content of the released `config.json` for this model.
 
         `from_hf` of it gives this config back, but for what that format has no place for: the router's `straight_through`,
-        `temperature` and `z_coef` come back as the defaults, and `param_dtype`, as well as the towers' dtypes, as the text's `dtype`.
+        `temperature` and `z_coef` come back as the defaults, and every `param_dtype` as the `dtype` beside it.
         `router_aux_loss_coef` is `balance_coef / num_experts_per_tok` (see `RouterConfig`).
         """
         text = {k: v for k, v in dataclasses.asdict(self.text).items() if k not in ("fope", "router", "param_dtype")}
@@ -385,10 +385,10 @@ class ModelConfig:
             **{key: getattr(self, key) for key in TOKEN_ID_KEYS},
         }
         if self.vision is not None:
-            vision = {k: v for k, v in dataclasses.asdict(self.vision).items() if k not in ("dtype", "param_dtype")}
+            vision = {k: v for k, v in dataclasses.asdict(self.vision).items() if k != "param_dtype"}
             content["vision_config"] = {**vision, **VISION_FIXED, "model_type": "interns1_pro_vision"}
         if self.time_series is not None:
-            series = {k: v for k, v in dataclasses.asdict(self.time_series).items() if k not in ("dtype", "param_dtype")}
+            series = {k: v for k, v in dataclasses.asdict(self.time_series).items() if k != "param_dtype"}
             content["ts_config"] = {**series, **TIME_SERIES_FIXED, "model_type": "interns1_pro_time_series"}
         if self.quantization is not None:
             content["quantization_config"] = self.quantization.to_hf()

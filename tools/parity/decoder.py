@@ -20,14 +20,16 @@ _TABLES = ("rope_cos", "rope_sin")
 _ROUTER = ("router_logits", "router_weights", "router_indices")
 _ARRAYS = (*_BT, *_LBT, *_TABLES, *_ROUTER)
 _FP32_SUFFIXES = ("", "_fp32_compute", "_weight_only")
+_POSITION_SUFFIXES = ("_explicit_positions", "_default_positions")
 
 # FoPE tables: 1e-6 for positions under 10^3, then in proportion to the position up to 2e-2 at 262143 (reference README): a unit
 # in the last place of a frequency moves the phase in proportion to the position.
 _TABLE_SMALL, _TABLE_LARGE, _SMALL_POSITION, _LARGE_POSITION = 1e-6, 2e-2, 1e3, 262143.0
 
 # bfloat16 keeps 8 bits. Each of the some ten roundings of a layer is off by up to 2^-9 of its value, so that after a few layers
-# the typical (root mean square) difference between two orders of the same operations is a few per cent of the spread of the values, and the largest
-# of some 10^4..10^5 values is four to five times that, or more where experts of *other* tokens differ and attention mixes them in.
+# the typical (root mean square) difference between two orders of the same operations is a few per cent of the spread of the
+# values, and the largest of some 10^4..10^5 values is four to five times that, or more where experts of *other* tokens differ
+# and attention mixes them in.
 _BF16_TYPICAL, _BF16_LARGEST = 0.05, 0.30  # in standard deviations of the golden array
 _BF16_EQUAL_TOKENS = 0.5  # near-ties flip, as the official router rounds its logits to bfloat16 and ours does not (spec 9.4)
 _BF16_ULP = 2.0**-7  # relative
@@ -39,33 +41,31 @@ def table_tolerance(positions: np.ndarray) -> np.ndarray:
 
 
 def check_text(golden: Golden, subject: Subject) -> None:
-    """A right-padded batch with default positions, in any of the precisions that the file has; greedy tokens of its first rows."""
+    """A batch at its `position_ids`, 0 .. T-1 by default, in any of the precisions that the file has; greedy tokens of its first rows."""
+    if any(name.endswith(_POSITION_SUFFIXES) for name in golden):
+        _check_left_padded(golden, subject)
+        return
     tokens = golden.input("input_ids")
     valid = golden.get("attention_mask", np.ones_like(tokens)) > 0
-    positions = padding_positions(valid)
+    positions = golden.get("position_ids", padding_positions(valid))
     golden.equal("lengths", valid.sum(-1))
-    golden.equal("position_ids", positions, valid)
     golden.equal("moe_layers", moe_layers(subject.config.text))
     compare_precisions(golden, subject, model_inputs(subject.config, tokens, valid, positions), valid)
     check_generated(golden, subject, tokens, valid)
 
 
-def check_left_padded(golden: Golden, subject: Subject) -> None:
+def _check_left_padded(golden: Golden, subject: Subject) -> None:
     """Left padding, with positions from 0 at the first token, and with the official default that counts the padding."""
     tokens = golden.input("input_ids")
     valid = golden.input("attention_mask") > 0
+    golden.equal("lengths", valid.sum(-1))
+    golden.equal("moe_layers", moe_layers(subject.config.text))
     golden.equal("position_ids", true_positions(valid), valid)
-    for suffix, positions in (("_explicit_positions", true_positions(valid)), ("_default_positions", padding_positions(valid))):
+    for suffix, positions in zip(_POSITION_SUFFIXES, (true_positions(valid), padding_positions(valid)), strict=True):
         if any(name + suffix in golden for name in _ARRAYS):
             result = forward(subject.model, model_inputs(subject.config, tokens, valid, positions))
             compare_forward(golden, result, subject.config.text, valid, positions, suffix)
-
-
-def check_positions(golden: Golden, subject: Subject) -> None:
-    """Arbitrary positions, also beyond `max_position_embeddings`."""
-    tokens, positions = golden.input("input_ids"), golden.input("position_ids")
-    valid = golden.get("attention_mask", np.ones_like(tokens)) > 0
-    compare_precisions(golden, subject, model_inputs(subject.config, tokens, valid, positions), valid)
+    check_generated(golden, subject, tokens, valid)
 
 
 def check_multimodal(golden: Golden, subject: Subject) -> None:
@@ -84,14 +84,14 @@ def check_multimodal(golden: Golden, subject: Subject) -> None:
 def check_fope(golden: Golden, subject: Subject) -> None:
     """The Fourier coefficients and the tables made from them, at positions up to the longest context."""
     text, model = subject.config.text, subject.model.text
-    positions = golden.input("position_ids")
+    positions = np.atleast_2d(golden.input("position_ids"))
     if "inv_freq" in golden:
         same = np.array_equal(golden.input("inv_freq"), text_frequencies(text))
         golden.note(f"inv_freq {'bit-identical' if same else 'differ in the last place'}")
     golden.compare("inv_freq", text_frequencies(text), 2.0**-23, relative=True)
-    if model.fope is not None:
-        golden.equal("sin_coef", model.fope.sin_coef[...])
-        golden.equal("cos_coef", model.fope.cos_coef[...])
+    for tensor, ours in subject.tensors.items():
+        if tensor.endswith((".sin_coef", ".cos_coef")):
+            golden.equal(tensor.rpartition(".")[2], ours)
     cos, sin = (np.asarray(table) for table in model.rotary(positions))
     _compare_tables(golden, ("cos", "sin"), (cos, sin), positions)
 
@@ -121,6 +121,9 @@ def compare_forward(golden: Golden, result: Forward, text: TextConfig, valid: np
     names = tuple(name + suffix for name in _TABLES)
     _compare_tables(golden, names, (result.rope_cos, result.rope_sin), positions, valid)
     if result.router_logits is None or result.router_weights is None or result.router_indices is None:
+        for name in _ROUTER:  # no layer has experts
+            if name + suffix in golden and 0 in golden.shape(name + suffix):
+                golden.judged(name + suffix)
         return
     tokens = valid.reshape(1, -1, 1)
     golden.compare("router_logits" + suffix, result.router_logits, ACTIVATION, tokens)
@@ -168,7 +171,7 @@ def _compare_tables(
     for name, table in zip(names, tables, strict=True):
         if name in golden:
             tolerance = table_tolerance(positions)
-            if golden.ndim(name) == 3 and table.shape[2] == 1:
+            if len(golden.shape(name)) == 3 and table.shape[2] == 1:
                 golden.compare(name, table[:, :, 0], tolerance[..., None], valid[..., None])
             else:
                 golden.compare(name, table.swapaxes(1, 2), tolerance[:, None, :, None], valid[:, None, :, None])
@@ -180,7 +183,7 @@ def _compare_bf16(golden: Golden, result: Forward, text: TextConfig, valid: np.n
     for name in _TABLES:
         if name + suffix in golden:
             rounded = np.asarray(getattr(result, name).astype("bfloat16"), np.float32)
-            table = rounded[:, :, 0] if golden.ndim(name + suffix) == 3 and rounded.shape[2] == 1 else rounded.swapaxes(1, 2)
+            table = rounded[:, :, 0] if len(golden.shape(name + suffix)) == 3 and rounded.shape[2] == 1 else rounded.swapaxes(1, 2)
             counts = valid.reshape(valid.shape[0], *(1,) * (table.ndim - 3), valid.shape[1], 1)
             golden.compare(name + suffix, table, _BF16_ULP * np.maximum(np.abs(table), 2.0**-6), counts)
     same = valid
@@ -193,6 +196,15 @@ def _compare_bf16(golden: Golden, result: Forward, text: TextConfig, valid: np.n
         golden.note(f"bf16: {int(same.sum())} of {int(valid.sum())} tokens have equal experts in every layer")
         if share < _BF16_EQUAL_TOKENS:
             golden.problem(f"bf16: only {share:.0%} of the tokens have equal experts in every layer, expected {_BF16_EQUAL_TOKENS:.0%}")
+    if result.router_logits is not None and result.router_weights is not None and result.router_indices is not None:
+        tokens = same.reshape(1, -1, 1)
+        if "router_logits" + suffix in golden:
+            _compare_loosely(golden, "router_logits" + suffix, result.router_logits, tokens, _BF16_TYPICAL, _BF16_LARGEST)
+        if "router_weights" + suffix in golden:
+            chosen = golden.input("router_indices" + suffix).astype(np.int64)
+            dense = _by_expert(result.router_weights, result.router_indices, text.num_experts)
+            weights = np.take_along_axis(dense, chosen, -1)
+            _compare_loosely(golden, "router_weights" + suffix, weights, tokens, _BF16_TYPICAL, _BF16_LARGEST)
     for name in (*_BT, *_LBT):
         if name + suffix in golden:
             ours = result.embeddings if name in ("embeddings", "inputs_embeds") else getattr(result, name)

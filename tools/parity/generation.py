@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import numpy as np
@@ -16,29 +17,33 @@ _POSITIONS = {"": padding_positions, "_default_positions": padding_positions, "_
 
 
 def check_generation(golden: Golden, subject: Subject) -> None:
-    """Greedy continuations `<case>_tokens` and their logits, of `<case>_prompt`: right-padded by `<case>_lengths`, or padded by
-    `<case>_mask`, or neither. Rows of a batch do not see one another, so a right-padded batch must equal each row alone."""
+    """Greedy continuations `<case>_tokens` and their logits, of `<case>_prompt` (or `_input_ids`): right-padded by `<case>_lengths`,
+    or padded by `<case>_mask` (or `_attention_mask`), or neither. Rows of a batch do not see one another, so a right-padded batch
+    must equal each row alone. `<case>_` may be absent."""
     for name in list(golden):
-        if match := re.fullmatch(r"(\w+?)_tokens(_default_positions|_explicit_positions|)", name):
+        if match := re.fullmatch(r"((?:\w+?_)?)tokens(_default_positions|_explicit_positions|)", name):
             case, suffix = match.groups()
-            prompt = golden.input(case + "_prompt")
+            prompt = golden.input(case + ("prompt" if case + "prompt" in golden else "input_ids"))
             valid = np.ones(prompt.shape, bool)
-            if case + "_lengths" in golden:
-                valid = np.arange(prompt.shape[1]) < golden.input(case + "_lengths")[:, None]
-            elif case + "_mask" in golden:
-                valid = golden.input(case + "_mask") > 0
-            media = read_media(golden, case + "_")
+            if case + "lengths" in golden:
+                valid = np.arange(prompt.shape[1]) < golden.input(case + "lengths")[:, None]
+            for mask in (case + "mask", case + "attention_mask"):
+                if mask in golden:
+                    valid = golden.input(mask) > 0
+            media = read_media(golden, case)
             inputs = model_inputs(subject.config, prompt, valid, _POSITIONS[suffix](valid), media)
-            _compare(golden, subject, inputs, name, f"{case}_logits{suffix}")
+            _compare(golden, subject, inputs, name, f"{case}logits{suffix}")
 
 
 def check_generated(golden: Golden, subject: Subject, tokens: np.ndarray, valid: np.ndarray, media: Media = NO_MEDIA) -> None:
     """`generated`, if the file has it: the greedy continuation of the first row or rows, each alone and unpadded."""
     if "generated" in golden:
         rows = golden.judged("generated").shape[0]
+        first = np.argsort(~valid, -1, kind="stable")  # tokens first, padding last
+        tokens, valid = np.take_along_axis(tokens, first, -1), np.take_along_axis(valid, first, -1)
+        inputs = model_inputs(subject.config, tokens, valid, padding_positions(valid), media, rows=rows)
         width = int(valid[:rows].sum(-1).max())
-        positions = padding_positions(valid)
-        inputs = model_inputs(subject.config, tokens[:, :width], valid[:, :width], positions[:, :width], media, rows=rows)
+        inputs = dataclasses.replace(inputs, **{name: getattr(inputs, name)[:, :width] for name in ("tokens", "positions", "segment_ids")})
         _compare(golden, subject, inputs, "generated", "generated_logits")
 
 

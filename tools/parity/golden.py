@@ -83,7 +83,11 @@ class Row:
         return max(self.comparisons, key=lambda c: c.ratio, default=None)
 
     def to_json(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "passed": self.passed}
+        """Plain JSON: infinite errors are written as strings."""
+        content = {**dataclasses.asdict(self), "passed": self.passed}
+        for comparison in content["comparisons"]:
+            comparison["error"] = comparison["error"] if np.isfinite(comparison["error"]) else str(comparison["error"])
+        return content
 
 
 class Golden:
@@ -121,8 +125,8 @@ class Golden:
         self._inputs.add(name)
         return self._arrays[name]
 
-    def ndim(self, name: str) -> int:
-        return np.ndim(self._arrays[name])
+    def shape(self, name: str) -> tuple[int, ...]:
+        return np.shape(self._arrays[name])
 
     def get(self, name: str, default: Any = None) -> Any:
         """`input` of an array that may be absent."""
@@ -146,6 +150,8 @@ class Golden:
         value = np.asarray(value, np.float64)
         if golden.shape != value.shape:
             self.problem(f"{name}: shape {golden.shape}, ours is {value.shape}")
+            return
+        if not golden.size:
             return
         counts = np.broadcast_to(True if where is None else where, golden.shape)
         if not counts.any():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -32,16 +33,35 @@ NO_MEDIA = Media()
 def read_media(golden: Golden, prefix: str = "") -> Media:
     """The media among a file's inputs: pixels with their grids, a signal with its rate."""
 
-    def items(pixels: str, *grids: str) -> list[VisionItem]:
+    def items(pixels: str, grids: str) -> list[VisionItem]:
         if prefix + pixels not in golden:
             return []
-        grid = next(name for name in (prefix + grids[0], *grids, prefix + "grid_thw") if name in golden)
+        grid = next((name for name in (prefix + grids, prefix + "grid_thw") if name in golden), grids)
         return split_items(golden.input(prefix + pixels), golden.input(grid))
 
-    signals = []
-    if prefix + "signal" in golden:
-        signals = [Signal(golden.input(prefix + "signal"), float(golden.input(prefix + "sampling_rate")))]
-    return Media(items("pixel_values", "image_grid_thw"), items("pixel_values_videos", "video_grid_thw"), signals)
+    images, videos = items("pixel_values", "image_grid_thw"), items("pixel_values_videos", "video_grid_thw")
+    return Media(images, videos, _read_signals(golden, prefix))
+
+
+def _read_signals(golden: Golden, prefix: str) -> list[Signal]:
+    """One `signal` [length, channels]; or `signals` [n, length, channels], padded after `lengths`; or `signal<i>`, `signal_<i>`.
+    `sampling_rate` is one for all, or one each, or `sampling_rate<i>`, `sampling_rate_<i>`."""
+    numbered = sorted((int(match[2]), match[1]) for name in golden if (match := re.fullmatch(rf"{prefix}signal(_?(\d+))", name)))
+    if numbered:
+        values = [golden.input(f"{prefix}signal{suffix}") for _, suffix in numbered]
+    elif prefix + "signals" in golden:
+        padded = golden.input(prefix + "signals")
+        lengths = golden.get(prefix + "lengths", np.full(len(padded), padded.shape[1]))
+        values = [row[:length] for row, length in zip(padded, lengths, strict=True)]
+    elif prefix + "signal" in golden:
+        values = [golden.input(prefix + "signal")]
+    else:
+        return []
+    if numbered and f"{prefix}sampling_rate{numbered[0][1]}" in golden:
+        rates = np.array([float(golden.input(f"{prefix}sampling_rate{suffix}")) for _, suffix in numbered])
+    else:
+        rates = np.broadcast_to(golden.input(prefix + "sampling_rate"), len(values))
+    return [Signal(value, float(rate)) for value, rate in zip(values, rates, strict=True)]
 
 
 def split_items(patches: np.ndarray, grids: np.ndarray) -> list[VisionItem]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import time
 import traceback
@@ -21,8 +22,6 @@ CHECKS: tuple[tuple[str, Check], ...] = (
     (r"model(-\d+-of-\d+)?\.safetensors", stored.check_weights),
     (r"dequantized\.safetensors", stored.check_dequantized),
     (r"dequantized_sums\.json", stored.check_dequantized_sums),
-    (r"text_leftpad.*\.npz", decoder.check_left_padded),
-    (r"text_positions.*\.npz", decoder.check_positions),
     (r"text.*\.npz", decoder.check_text),
     (r"mm_.*\.npz", decoder.check_multimodal),
     (r"fope.*\.npz", decoder.check_fope),
@@ -35,12 +34,15 @@ CHECKS: tuple[tuple[str, Check], ...] = (
     (r"train.*\.npz", training.check_train),
 )
 
+# Files about the model of the released size.
+_RELEASED_SIZE = ("key_patterns.json", "real_frequencies.npz")
+
 # Files that say nothing to compare with, and files that come with the input pipeline; paths relative to the reference.
-IGNORED = (r"README\.md", r".*/model\.safetensors\.index\.json", r".*LICENSE.*")
+IGNORED = (r"(.*/)?README\.md", r"(.*/)?model\.safetensors\.index\.json", r"(.*/)?LICENSE[^/]*", r"(.*/)?\.[^/]*")
 LATER = (
-    r"preprocess/.*",
-    r"official/(generation_config|preprocessor_config|video_preprocessor_config|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json",
-    r"official/(chat_template\.jinja|merges\.txt|tokenizer_\w+\.model)",
+    r"(.*/)?preprocess/.*",
+    r"(.*/)?(generation_config|preprocessor_config|video_preprocessor_config|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json",
+    r"(.*/)?(chat_template\.jinja|merges\.txt|tokenizer_\w+\.model)",
 )
 WHY_LATER = "comes with the input pipeline"
 
@@ -49,8 +51,22 @@ def is_checkpoint(directory: Path) -> bool:
     return (directory / "config.json").is_file() and any(directory.glob("model*.safetensors"))
 
 
+def subject_directory(reference: Path, path: Path) -> Path | None:
+    """The checkpoint that a file belongs to: the nearest directory above it, `reference` at most; None if there is none."""
+    for directory in path.parents:
+        if is_checkpoint(directory):
+            return directory
+        if directory == reference:
+            break
+    return None
+
+
 def check_for(name: str) -> Check | None:
     return next((check for pattern, check in CHECKS if re.fullmatch(pattern, name)), None)
+
+
+def _belongs(reference: Path, path: Path) -> bool:
+    return check_for(path.name) is not None and subject_directory(reference, path) is not None
 
 
 def files(reference: Path) -> tuple[list[Path], list[Path], list[Path]]:
@@ -64,7 +80,7 @@ def files(reference: Path) -> tuple[list[Path], list[Path], list[Path]]:
             continue
         if any(re.fullmatch(pattern, name) for pattern in LATER):
             later.append(path)
-        elif name in ("real_frequencies.npz", "key_patterns.json", "official/config.json") or (path.parent.parent == reference and is_checkpoint(path.parent) and check_for(path.name) is not None):
+        elif path.name in _RELEASED_SIZE or path.name == "config.json" or _belongs(reference, path):
             checked.append(path)
         else:
             unknown.append(path)
@@ -72,17 +88,20 @@ def files(reference: Path) -> tuple[list[Path], list[Path], list[Path]]:
 
 
 def released_config(reference: Path) -> ModelConfig:
-    """The released model's: `official/config.json`, or the defaults where that is absent."""
-    path = reference / "official" / "config.json"
-    return ModelConfig.from_hf(path) if path.is_file() else ModelConfig()
+    """The released model's: of the config without weights, or the defaults, without a time-series tower, where there is none."""
+    for path in sorted(reference.rglob("config.json")):
+        if not is_checkpoint(path.parent):
+            return ModelConfig.from_hf(path)
+    return dataclasses.replace(ModelConfig(), time_series=None)
 
 
 def run(reference: Path, paths: list[Path]) -> Iterator[Row]:
     """Checks files one by one. The models of a directory are kept as long as its files follow one another."""
     subject: Subject | None = None
     for path in paths:
-        if subject is None or subject.directory != path.parent:
-            subject = Subject(path.parent)
+        directory = subject_directory(reference, path) or path.parent
+        if subject is None or subject.directory != directory:
+            subject = Subject(directory)
         yield check_file(reference, path, subject)
 
 
@@ -91,15 +110,15 @@ def check_file(reference: Path, path: Path, subject: Subject) -> Row:
     file, start = path.relative_to(reference).as_posix(), time.perf_counter()
     golden = Golden(file, {})
     try:
-        if file == "key_patterns.json":
+        if path.name == "key_patterns.json":
             golden = stored.check_key_patterns(path, file, released_config(reference))
         elif path.suffix == ".safetensors":
             golden = stored.open_safetensors(path, file)
         else:
             golden = Golden.open(path, file)
-        if file == "real_frequencies.npz":
+        if path.name == "real_frequencies.npz":
             stored.check_frequencies(golden, released_config(reference))
-        elif file != "key_patterns.json":
+        elif path.name not in _RELEASED_SIZE:
             check = check_for(path.name)
             assert check is not None
             check(golden, subject)

@@ -31,7 +31,7 @@ def check_vision(golden: Golden, subject: Subject) -> None:
     if config is None or tower is None:
         golden.problem("the checkpoint's config has no vision_config")
         return
-    items = split_items(golden.input("pixel_values"), golden.input("grid_thw"))
+    items = split_items(golden.input("pixel_values"), golden.input("grid_thw" if "grid_thw" in golden else "image_grid_thw"))
     patches = sum(len(item.patches) for item in items)
     output, trace = jax.tree.map(np.asarray, _run(*nnx.split(tower), pack_vision([items], config)))
     golden.compare("output", output[0, : patches // config.spatial_merge_size**2])

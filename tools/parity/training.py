@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from interns1pro_jax.ops.losses import IGNORED, cross_entropy
 from interns1pro_jax.ops.router_losses import global_topk_balance_loss
 from tools.parity.golden import GRADIENT_NORM, Golden
 from tools.parity.media import Media, model_inputs, read_media
-from tools.parity.subject import Subject, hf_tensors, padding_positions
+from tools.parity.subject import Subject, hf_tensors, moe_layers, padding_positions
 
 _ROUTER = "model.language_model.layers.{}.mlp.gate.weight"
 
@@ -91,49 +92,68 @@ def _aux_coef(subject: Subject) -> float:
 
 def check_train(golden: Golden, subject: Subject) -> None:
     """Losses, and full gradients of routers and of some other parameters; `mm_*` is a batch with images."""
-    coef = _aux_coef(subject)
-    batch = TrainingBatch.read(golden)
-    plain = gradients(subject, batch)
-    golden.compare("loss", plain.loss)
-    golden.compare("aux_loss", plain.aux_loss)
-    golden.compare("loss_with_aux", plain.loss + coef * plain.aux_loss)
-    balanced: Gradients | None = None
+    losses = _Losses(subject, golden, float(golden.get("router_aux_loss_coef", _aux_coef(subject))))
+    losses.compare(golden)
+    numbers = sorted({int(match[1]) for name in golden if (match := re.fullmatch(r"router_grad(?:_with_aux)?\.layer(\d+)", name))})
+    moe = moe_layers(subject.config.text)
+    layers = dict(zip(numbers, numbers, strict=True)) if set(numbers) <= set(moe) else dict(enumerate(moe))
     for name in golden:
         kind, _, tensor = name.partition(".")
         if kind == "grad":
-            golden.compare(name, plain.tensors[tensor])
-        elif kind == "router_grad":
-            golden.compare(name, plain.tensors[_ROUTER.format(tensor.removeprefix("layer"))])
-        elif kind == "router_grad_with_aux":
-            balanced = balanced or gradients(subject, batch, coef)
-            golden.compare(name, balanced.tensors[_ROUTER.format(tensor.removeprefix("layer"))])
-    if "mm_input_ids" in golden:
-        golden.compare("mm_loss", gradients(subject, TrainingBatch.read(golden, "mm_")).loss)
+            golden.compare(name, losses.gradients("").tensors[tensor])
+        elif kind in ("router_grad", "router_grad_with_aux"):
+            router = _ROUTER.format(layers[int(tensor.removeprefix("layer"))])
+            golden.compare(name, losses.gradients("", with_aux=kind.endswith("_with_aux")).tensors[router])
 
 
 def check_gradient_norms(golden: Golden, subject: Subject) -> None:
-    """Norms of every parameter's gradient, of the batches in `train.npz`, or else of the rows in `text_ragged.npz`."""
-    directory = subject.directory
-    source = directory / "train.npz" if (directory / "train.npz").is_file() else directory / "text_ragged.npz"
-    arrays = Golden.open(source, source.name)
-    batch = TrainingBatch.read(arrays)
-    coef = float(golden.get("router_aux_loss_coef", _aux_coef(subject)))
-    plain = gradients(subject, batch)
-    golden.compare("loss", plain.loss)
-    golden.compare("aux_loss", plain.aux_loss)
-    golden.compare("loss_with_aux", plain.loss + coef * plain.aux_loss)
-    _compare_norms(golden, "text/", plain)
-    if any(name.startswith("text_with_aux_router/") for name in golden):
-        _compare_norms(golden, "text_with_aux_router/", gradients(subject, batch, coef))
-    if "mm_input_ids" in arrays:
-        multimodal = gradients(subject, TrainingBatch.read(arrays, "mm_"))
-        golden.compare("mm_loss", multimodal.loss)
-        _compare_norms(golden, "multimodal/", multimodal)
+    """Norms of every parameter's gradient, of the batches in `train.npz`, or else of the rows in `text_ragged.npz`.
 
-
-def _compare_norms(golden: Golden, prefix: str, ours: Gradients) -> None:
-    for name in list(golden):
-        tensor = name.removeprefix(prefix)
-        if name.startswith(prefix) and tensor in ours.tensors:
-            norm = np.linalg.norm(ours.tensors[tensor].astype(np.float64).ravel())
+    Sections are `text`, `multimodal`, and these `_with_aux_*`: of the loss with the auxiliary loss.
+    """
+    patterns = ("train.npz", "text_ragged.npz", "train*.npz", "text*.npz")
+    source = next((path for pattern in patterns for path in sorted(subject.directory.rglob(pattern))), None)
+    if source is None:
+        raise FileNotFoundError(f"no train.npz or text_ragged.npz in {subject.directory.name} holds the batch")
+    losses = _Losses(subject, Golden.open(source, source.name), float(golden.get("router_aux_loss_coef", _aux_coef(subject))))
+    losses.compare(golden)
+    for name in golden:
+        section, _, tensor = name.partition("/")
+        if not tensor or not section.startswith(("text", "multimodal")):
+            continue
+        prefix = "mm_" if section.startswith("multimodal") else ""
+        ours = losses.gradients(prefix, with_aux="_with_aux" in section).tensors
+        if tensor in ours:
+            norm = np.linalg.norm(ours[tensor].astype(np.float64).ravel())
             golden.compare(name, norm, GRADIENT_NORM, relative=True)
+        elif tensor in subject.stored:  # a buffer: it has no gradient
+            golden.equal(name, 0.0)
+
+
+class _Losses:
+    """Gradients of a file's batches, each computed when first needed. Batches are named by the prefix of their arrays: "", "mm_".
+
+    Args:
+      arrays: the file with the batches.
+      coef: weight of the auxiliary loss.
+    """
+
+    def __init__(self, subject: Subject, arrays: Golden, coef: float):
+        self.subject, self.arrays, self.coef = subject, arrays, coef
+        self._computed: dict[tuple[str, bool], Gradients] = {}
+
+    def gradients(self, prefix: str, with_aux: bool = False) -> Gradients:
+        key = prefix, with_aux
+        if key not in self._computed:
+            batch = TrainingBatch.read(self.arrays, prefix)
+            self._computed[key] = gradients(self.subject, batch, self.coef if with_aux else 0.0)
+        return self._computed[key]
+
+    def compare(self, golden: Golden) -> None:
+        """Compares the losses of every batch."""
+        for prefix in ("", "mm_"):
+            if prefix + "input_ids" in self.arrays:
+                ours = self.gradients(prefix)
+                golden.compare(prefix + "loss", ours.loss)
+                golden.compare(prefix + "aux_loss", ours.aux_loss)
+                golden.compare(prefix + "loss_with_aux", ours.loss + self.coef * ours.aux_loss)
