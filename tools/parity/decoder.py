@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 import numpy as np
 
 from interns1pro_jax.config import TextConfig
@@ -92,7 +93,7 @@ def check_fope(golden: Golden, subject: Subject) -> None:
     for tensor, ours in subject.tensors.items():
         if tensor.endswith((".sin_coef", ".cos_coef")):
             golden.equal(tensor.rpartition(".")[2], ours)
-    cos, sin = (np.asarray(table) for table in model.rotary(positions))
+    cos, sin = (np.asarray(table) for table in model.rotary(jnp.asarray(positions)))
     _compare_tables(golden, ("cos", "sin"), (cos, sin), positions)
 
 

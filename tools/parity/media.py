@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+import jax.numpy as jnp
 import numpy as np
 
 from interns1pro_jax.config import ModelConfig
@@ -74,7 +75,7 @@ def split_items(patches: np.ndarray, grids: np.ndarray) -> list[VisionItem]:
     if sum(sizes) != len(patches):
         raise ValueError(f"{len(patches)} patches do not fill the grids {grids.tolist()}, which have {sum(sizes)}.")
     ends = np.cumsum([0, *sizes])
-    return [VisionItem(patches[start:end], tuple(map(int, grid))) for start, end, grid in zip(ends, ends[1:], grids, strict=False)]
+    return [VisionItem(patches[start:end], (int(t), int(h), int(w))) for start, end, (t, h, w) in zip(ends, ends[1:], grids, strict=False)]
 
 
 def model_inputs(
@@ -100,7 +101,7 @@ def model_inputs(
         assert config.time_series is not None, "the batch has signals, but the config has no ts_config"
         signals = _by_row(tokens_BT, {config.ts_token_id: list(media.signals)}, lambda signal: signal.tokens)[:rows]
         series = pack_time_series([[signal for row in signals for signal in row]], config.time_series)
-    tokens, positions, segments = (np.ascontiguousarray(a[:rows], np.int32) for a in (tokens_BT, positions_BT, valid_BT))
+    tokens, positions, segments = (jnp.asarray(a[:rows], jnp.int32) for a in (tokens_BT, positions_BT, valid_BT))
     return ModelInputs(tokens, positions, segments, vision=vision, time_series=series)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import jax.numpy as jnp
 import numpy as np
 
 from interns1pro_jax.config import TextConfig
@@ -27,7 +28,7 @@ def emulated_logits(subject: Subject, inputs: ModelInputs) -> np.ndarray:
     def rounded(name: str, x: np.ndarray) -> np.ndarray:
         if subject.stored[name].dtype != "F8_E4M3":
             return x
-        return np.asarray(dequantize_activations(*quantize_activations(x, width), width))
+        return np.asarray(dequantize_activations(*quantize_activations(jnp.asarray(x), width), width))
 
     return decode(subject.tensors, subject, inputs, rounded)
 
@@ -55,7 +56,7 @@ def decode(tensors: Mapping[str, np.ndarray], subject: Subject, inputs: ModelInp
 
     segments, index = np.asarray(inputs.segment_ids), np.arange(inputs.tokens.shape[1])
     allowed = (segments[:, :, None] == segments[:, None, :]) & (index[:, None] >= index)
-    x = tensors[_LAYERS + "embed_tokens.weight"][inputs.tokens]
+    x = tensors[_LAYERS + "embed_tokens.weight"][np.asarray(inputs.tokens)]
     for layer in range(text.num_hidden_layers):
         where = f"{_LAYERS}layers.{layer}."
         h = norm(where + "input_layernorm", x)
