@@ -81,6 +81,21 @@ def _mesh(mesh):
     yield
 
 
+def test_scalars_are_recorded_at_every_step_and_arrays_kept(tmp_path):
+    def with_router(state, batch):
+        state, metrics = step_fn(state, batch)
+        scalars = {"router/entropy_mean": jnp.float32(0.5), "router/load_max": metrics["load"].max()}
+        return state, metrics | scalars | {"router/load": metrics["load"]}
+
+    run(tmp_path, step=with_router)
+    for record in read_records(tmp_path):
+        assert record["router/entropy_mean"] == 0.5 and 0 <= record["router/load_max"] <= 1
+        assert "router/load" not in record and "load" not in record
+    assert read_arrays(tmp_path)["router/load"].max() == read_records(tmp_path)[-1]["router/load_max"]
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert events.read_bytes().count(b"router/load_max") == events.read_bytes().count(b"router/load") == 10
+
+
 def test_every_step_is_done_once_in_order(tmp_path):
     batches = Numbers()
     state = run(tmp_path, batches=batches)
