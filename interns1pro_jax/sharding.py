@@ -19,6 +19,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from interns1pro_jax.config import ConfigError, TextConfig
@@ -29,6 +30,7 @@ AXES = ("data", "fsdp", "context", "expert")
 RULES: dict[str, tuple[str, ...]] = {
     # activations
     "batch": ("data", "fsdp", "expert"),
+    "replica": ("data",),
     "sequence": ("context",),
     # parameters: every matrix outside the experts is split along the model width, vectors are copied
     "embed": ("fsdp", "expert"),
@@ -51,7 +53,8 @@ def make_mesh(data: int = 1, fsdp: int = 1, context: int = 1, expert: int = 1, d
     """A mesh of these sizes over `devices` (default: as many of the process's visible devices as the sizes multiply to).
 
     Raises:
-      ConfigError: the product of the sizes differs from the number of devices given, or exceeds the number visible.
+      ConfigError: the product of the sizes differs from the number of devices given, or exceeds the number visible; slices do
+        not divide `data`.
     """
     sizes = dict(data=data, fsdp=fsdp, context=context, expert=expert)
     if any(n < 1 for n in sizes.values()):
@@ -64,10 +67,20 @@ def make_mesh(data: int = 1, fsdp: int = 1, context: int = 1, expert: int = 1, d
             f"the mesh {shown} needs {wanted} devices, but {len(visible)} are available; change the mesh sizes, or on CPU set "
             f"XLA_FLAGS=--xla_force_host_platform_device_count={wanted}."
         )
-    if devices is None and wanted == len(visible):
-        # Lets JAX lay the axes along the physical torus; an axis of 8 never equals a torus axis of 4k chips, hence the split.
-        return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=visible)
-    return Mesh(np.asarray(visible[:wanted]).reshape(tuple(sizes.values())), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+    shape = tuple(sizes.values())
+    slices = len({getattr(device, "slice_index", 0) for device in visible})
+    if wanted < len(visible) or visible[0].platform == "cpu":
+        layout = np.asarray(visible[:wanted]).reshape(shape)
+    elif slices > 1:
+        if data % slices:
+            raise ConfigError(f"data={data} must be a multiple of the {slices} slices: the other axes stay within a slice.")
+        layout = mesh_utils.create_hybrid_device_mesh(
+            (data // slices, fsdp, context, expert), (slices, 1, 1, 1), visible, allow_split_physical_axes=True
+        )
+    else:
+        # An axis of 8 never equals an axis of a torus of 4k chips, so physical axes may be split.
+        layout = mesh_utils.create_device_mesh(shape, visible, allow_split_physical_axes=True)
+    return Mesh(layout, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
 def axis_size(*axes: str) -> int:

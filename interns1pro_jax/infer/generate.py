@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, Int
 
 from interns1pro_jax import sharding
@@ -30,11 +32,12 @@ class Generation:
       lengths: new tokens of each row, the stop token included.
       logits: float32 logits that each new token was chosen from; None unless asked for.
       prompt_routing, routing: in-group expert ids of the prompt's and the new tokens, for replay; None without experts.
-        A new token's routing is known once it has been read, so the last one of a row has none (zeros).
+        A new token's routing is known once it has been read; that of the last one of a row, and of what follows it, is not:
+        its ids are the dtype's largest value, which a replay leaves to the router.
     """
 
     tokens: Int[Array, "B N"]
-    lengths: Int[Array, B]
+    lengths: Int[Array, " B"]
     logits: Float[Array, "B N V"] | None
     prompt_routing: Int[Array, "L B T G C"] | None
     routing: Int[Array, "L B N G C"] | None
@@ -50,7 +53,7 @@ def generate(
     seed: int = 0,
     return_logits: bool = False,
 ) -> Generation:
-    """Continues every row of `inputs` (host arrays) by up to `max_new_tokens` tokens.
+    """Continues every row of `inputs` (host arrays, the same on every process) by up to `max_new_tokens` tokens.
 
     Rows may have different lengths: padding (segment id 0) may stand on either side, and each row goes on from the position of
     its last token. A row's result does not depend on the rows beside it. One program is compiled for each shape of the inputs
@@ -75,22 +78,35 @@ def generate(
     inputs = _pad_rows(inputs, -rows % sharding.shards("batch"))
     graphdef, state = nnx.split(model)
     result = _generate(graphdef, state, inputs, jax.random.key(seed), max_new_tokens, sampling, stop_tokens, return_logits)
-    along = Generation(tokens=0, lengths=0, logits=0, prompt_routing=1, routing=1)  # type: ignore[arg-type]
-    return jax.tree.map(
-        lambda x, axis: None if x is None else np.asarray(x).take(np.arange(rows), axis), result, along, is_leaf=lambda x: x is None
-    )
+    if jax.process_count() > 1:
+        result = multihost_utils.process_allgather(result, tiled=True)
+    row_axis = {"prompt_routing": 1, "routing": 1}
+    fields = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
+    return Generation(**{k: None if v is None else np.asarray(v).take(np.arange(rows), row_axis.get(k, 0)) for k, v in fields.items()})
 
 
 def _pad_rows(inputs: ModelInputs, extra: int) -> ModelInputs:
-    """Adds copies of the last row, so that the rows divide over the mesh; media are given one pack for each row group."""
+    """Adds `extra` rows, so that the rows divide over the mesh: copies of the last one, with empty packs of media.
+
+    Raises:
+      ValueError: media that are not packed row by row.
+    """
     if extra == 0:
         return inputs
-    if inputs.vision is not None or inputs.time_series is not None:
-        shards = sharding.shards("batch")
-        raise ValueError(
-            f"{inputs.tokens.shape[0]} rows with media do not divide over {shards} batch shards; give a multiple of {shards} rows."
-        )
-    return jax.tree.map(lambda x: np.concatenate([np.asarray(x), np.repeat(np.asarray(x)[-1:], extra, 0)]), inputs)
+    rows = inputs.tokens.shape[0]
+    for media in (inputs.vision, inputs.time_series):
+        if media is not None and (packs := len(jax.tree.leaves(media)[0])) != rows:
+            raise ValueError(
+                f"{rows} rows do not divide over {sharding.shards('batch')} batch shards, and their media are in {packs} packs; "
+                "give each row its own pack, so that rows can be added."
+            )
+
+    def add(fill: Callable[[np.ndarray], np.ndarray], tree: Any) -> Any:
+        return jax.tree.map(lambda x: np.concatenate([np.asarray(x), np.repeat(fill(np.asarray(x)[-1:]), extra, 0)]), tree)
+
+    text = add(lambda last: last, dataclasses.replace(inputs, vision=None, time_series=None))
+    vision, time_series = (add(np.zeros_like, media) for media in (inputs.vision, inputs.time_series))
+    return dataclasses.replace(text, vision=vision, time_series=time_series)
 
 
 @partial(jax.jit, static_argnames=("graphdef", "new_tokens", "sampling", "stop_tokens", "return_logits"))
@@ -143,8 +159,9 @@ def _generate(
         prompt_routing=out.routing_LBTGC,
         routing=None
         if out.routing_LBTGC is None
-        else jnp.zeros(
+        else jnp.full(
             (*out.routing_LBTGC.shape[:2], new_tokens, *out.routing_LBTGC.shape[3:]),
+            jnp.iinfo(out.routing_LBTGC.dtype).max,
             out.routing_LBTGC.dtype,
             out_sharding=sharding.spec(None, "batch", None, None, None),
         ),
@@ -178,7 +195,8 @@ def _generate(
         )
         out = model(step, cache=cache)
         if result.routing is not None and out.routing_LBTGC is not None:
-            result = dataclasses.replace(result, routing=write(result.routing, out.routing_LBTGC[:, :, 0], index - 1, 2))
+            ids = jnp.where(done[:, None, None], jnp.iinfo(out.routing_LBTGC.dtype).max, out.routing_LBTGC[:, :, 0])
+            result = dataclasses.replace(result, routing=write(result.routing, ids, index - 1, 2))
         result, token, seen, done = record(result, out.hidden_BTD, seen, done, index)
         return index + 1, result, out.cache, token, seen, done
 

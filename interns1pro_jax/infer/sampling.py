@@ -70,7 +70,7 @@ def filtered_logits(logits_BV: Float[Array, "B V"], seen_BV: Bool[Array, "B V"],
     return logits
 
 
-def sample(logits_BV: Float[Array, "B V"], seen_BV: Bool[Array, "B V"], keys_B: Array, sampling: Sampling) -> Int[Array, B]:
+def sample(logits_BV: Float[Array, "B V"], seen_BV: Bool[Array, "B V"], keys_B: Array, sampling: Sampling) -> Int[Array, " B"]:
     """One token for each row. Every row has its own random key, so that a row's result does not depend on its batch."""
     logits = filtered_logits(logits_BV, seen_BV, sampling)
     if sampling.temperature == 0:

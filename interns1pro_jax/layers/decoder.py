@@ -22,8 +22,8 @@ from interns1pro_jax.ops.norm import rms_norm
 # What the backward pass keeps of a block, by name. "full" keeps only the block's input and recomputes the rest.
 REMAT: dict[str, Callable[[Callable], Callable]] = {
     "none": lambda body: body,
-    "full": jax.checkpoint,
-    "dots": lambda body: jax.checkpoint(body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+    "full": lambda body: jax.checkpoint(body, prevent_cse=False),  # the scan around it already prevents it
+    "dots": lambda body: jax.checkpoint(body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable, prevent_cse=False),
 }
 
 
@@ -48,7 +48,7 @@ class LayerInputs:
     """Optional per-layer inputs of a run, with a leading layer axis: recorded routing and gradient probes (`layers.router`)."""
 
     replay_BTGC: Int[Array, "L B T G C"] | None = None
-    probe: Float[Array, L] | None = None
+    probe: Float[Array, " L"] | None = None
 
 
 class DecoderBlock(nnx.Module):

@@ -33,6 +33,7 @@ from interns1pro_jax.layers.parameter import normal, parameter
 from interns1pro_jax.layers.router import Router, RouterStats, Routing
 from interns1pro_jax.ops.grouped_matmul import grouped_matmul
 from interns1pro_jax.ops.permutation import combine, dispatch, make_plan, permute_slots
+from interns1pro_jax.ops.varying import as_varying, varying_axes
 
 
 @jax.tree_util.register_dataclass
@@ -113,7 +114,9 @@ def _local_mlp(x_BTD, ids_BTGC, weights_BTGC, wi_LEDF, wo_LEFD, layer, *, ranks:
         wi_LEDF = jax.lax.dynamic_slice_in_dim(wi_LEDF, layer, 1) if wi_LEDF.shape[0] > 1 else wi_LEDF
         wo_LEFD = jax.lax.dynamic_slice_in_dim(wo_LEFD, layer, 1) if wo_LEFD.shape[0] > 1 else wo_LEFD
         offset = None
-    wi, wo = wi_LEDF.astype(x_BTD.dtype), wo_LEFD.astype(x_BTD.dtype)
+    # Typed as varying before they are gathered, so that the backward scatters a gradient over fsdp before it sums the shards
+    # over data and context.
+    wi, wo = (as_varying(w.astype(x_BTD.dtype), varying_axes(x_BTD)) for w in (wi_LEDF, wo_LEFD))
     with jax.named_scope("expert_weight_all_gather"):
         wi = jax.lax.all_gather(wi, "fsdp", axis=2, tiled=True)
         wo = jax.lax.all_gather(wo, "fsdp", axis=3, tiled=True)

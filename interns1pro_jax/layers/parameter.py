@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from interns1pro_jax import sharding
 
-Initializer = Callable[[jax.Array, Sequence[int], jnp.dtype], jax.Array]
+
+class Initializer(Protocol):
+    """Makes an initial value where it will live: without `out_sharding` every device would make all of it first."""
+
+    def __call__(self, key: jax.Array, shape: Sequence[int], dtype: jnp.dtype, /, *, out_sharding: PartitionSpec) -> jax.Array: ...
 
 
 class Buffer(nnx.Variable):
@@ -44,4 +50,4 @@ def parameter(
     """
     sharding.check_divisible("parameter", shape, dims)
     spec = sharding.spec(*dims)
-    return kind(initializer(rngs.params(), tuple(shape), jnp.dtype(dtype)), out_sharding=spec)
+    return kind(initializer(rngs.params(), tuple(shape), jnp.dtype(dtype), out_sharding=spec), out_sharding=spec)

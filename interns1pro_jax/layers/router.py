@@ -14,8 +14,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from interns1pro_jax import sharding
 from interns1pro_jax.config import TextConfig
 from interns1pro_jax.layers.parameter import normal, parameter
+
+NOT_RECORDED = 255  # in recorded routing: this token's experts are not known; groups of more experts record in uint16
 
 
 @jax.tree_util.register_dataclass
@@ -30,7 +33,10 @@ class Routing:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RouterStats:
-    """Sums over the valid (unpadded) tokens of a batch, in float32; the losses and metrics of `ops.router_losses` read them.
+    """Sums over the valid (unpadded) tokens, in float32; the losses of `ops.router_losses` and the metrics read them.
+
+    A router gives them for each row of the batch (with a leading axis B), so that no layer waits for the other devices;
+    `over_rows` adds the rows up, once for all layers.
 
     Attributes:
       load_E: tokens sent to each expert.
@@ -41,12 +47,17 @@ class RouterStats:
       tokens: number of valid tokens.
     """
 
-    load_E: Float[Array, E]
-    mass_E: Float[Array, E]
-    z: Float[Array, ""]
-    entropy: Float[Array, ""]
-    logit_max: Float[Array, ""]
-    tokens: Float[Array, ""]
+    load_E: Float[Array, "*rows E"]
+    mass_E: Float[Array, "*rows E"]
+    z: Float[Array, "*rows"]
+    entropy: Float[Array, "*rows"]
+    logit_max: Float[Array, "*rows"]
+    tokens: Float[Array, "*rows"]
+
+    def over_rows(self, axis: int) -> RouterStats:
+        """The statistics of all rows together; `axis` is that of the rows."""
+        sums = jax.tree.map(lambda x: x.sum(axis), self)
+        return dataclasses.replace(sums, logit_max=self.logit_max.max(axis))
 
 
 @jax.custom_jvp
@@ -106,7 +117,8 @@ class Router(nnx.Module):
         Args:
           x_BTD: input of the MoE layer.
           valid_BT: tokens that count in the statistics (padding is routed, but not counted).
-          replay_BTGC: recorded in-group ids to use instead of the winners; weights and gradients are taken at these ids.
+          replay_BTGC: recorded in-group ids to use instead of the winners; weights and gradients are taken at these ids. An id
+            that is no expert of a group (`NOT_RECORDED`) leaves the choice to the router.
           probe: see `observe_unselected`.
 
         Returns:
@@ -116,24 +128,26 @@ class Router(nnx.Module):
         groups, size, chosen = cfg.router_n_groups, cfg.experts_per_group, cfg.experts_per_group_per_token
         logits = self.logits(x_BTD)
         batch = logits.shape[:2]
-        grouped = jax.lax.stop_gradient(logits).reshape(*batch, groups, size)
-        ids = top_ids(grouped, chosen) if replay_BTGC is None else replay_BTGC.astype(jnp.int32)
+        # The reshapes say where their result lives: with one token per row or one group it could not be told from the shapes.
+        spec = sharding.spec("batch", "sequence", None, None)
+        ids = top_ids(jax.lax.stop_gradient(logits).reshape(*batch, groups, size, out_sharding=spec), chosen)
+        if replay_BTGC is not None:
+            replay = replay_BTGC.astype(jnp.int32)
+            ids = jnp.where(replay < size, replay, ids)
         # One comparison instead of gathers: its backward is a product, where that of a gather would be a scatter.
         hot_BTGCe = ids[..., None] == jnp.arange(size)
-        selected_BTE = hot_BTGCe.any(-2).reshape(*batch, groups * size)
-        if probe is not None:
-            logits = observe_unselected(logits, selected_BTE, probe)
+        selected_BTE = hot_BTGCe.any(-2).reshape(*batch, groups * size, out_sharding=sharding.spec("batch", "sequence", None))
 
         def at_ids(p_BTE: jax.Array) -> jax.Array:
-            return jnp.where(hot_BTGCe, p_BTE.reshape(*batch, groups, 1, size), 0.0).sum(-1)
+            return jnp.where(hot_BTGCe, p_BTE.reshape(*batch, groups, size, out_sharding=spec)[..., None, :], 0.0).sum(-1)
 
         probs = jax.nn.softmax(logits, -1)
         weights = at_ids(probs)
         if cfg.norm_topk_prob:
             weights = weights / (weights.sum((-2, -1), keepdims=True) + 1e-20)
         if cfg.router.straight_through:
-            dense = probs if cfg.router.temperature == 1 else jax.nn.softmax(logits / cfg.router.temperature, -1)
-            weights = straight_through(jax.lax.stop_gradient(weights), at_ids(dense))
+            observed = logits if probe is None else observe_unselected(logits, selected_BTE, probe)
+            weights = straight_through(jax.lax.stop_gradient(weights), at_ids(jax.nn.softmax(observed / cfg.router.temperature, -1)))
         return Routing(ids, weights), _stats(logits, probs, selected_BTE, valid_BT), logits
 
 
@@ -149,10 +163,10 @@ def _stats(logits: jax.Array, probs: jax.Array, selected: jax.Array, valid: jax.
     log_z = jax.nn.logsumexp(logits, -1)
     entropy = jax.lax.stop_gradient(log_z - (probs * logits).sum(-1))
     return RouterStats(
-        load_E=(selected * mask).sum((0, 1)),
-        mass_E=(probs * mask).sum((0, 1)),
-        z=(log_z**2 * mask[..., 0]).sum(),
-        entropy=(entropy * mask[..., 0]).sum(),
-        logit_max=jnp.max(jnp.abs(jax.lax.stop_gradient(logits)) * mask),
-        tokens=mask.sum(),
+        load_E=(selected * mask).sum(1),
+        mass_E=(probs * mask).sum(1),
+        z=(log_z**2 * mask[..., 0]).sum(1),
+        entropy=(entropy * mask[..., 0]).sum(1),
+        logit_max=jnp.max(jnp.abs(jax.lax.stop_gradient(logits)) * mask, (1, 2)),
+        tokens=mask.sum((1, 2)),
     )

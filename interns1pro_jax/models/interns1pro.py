@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from interns1pro_jax import sharding
-from interns1pro_jax.config import ModelConfig
+from interns1pro_jax.config import ConfigError, ModelConfig
 from interns1pro_jax.models.inputs import ModelInputs
 from interns1pro_jax.models.text import KVCache, TextModel, TextOutput
 from interns1pro_jax.models.time_series import TimeSeriesTower
@@ -30,11 +30,13 @@ class InternS1Pro(nnx.Module):
         """Token embeddings with the towers' embeddings in place of the placeholders, in reading order."""
         x_BTD = self.text.embed(inputs.tokens)
         if inputs.vision is not None:
-            assert self.vision is not None, "the batch has images, but the model has no vision tower"
+            if self.vision is None:
+                raise ConfigError("the batch has images or videos, but the model has no vision tower; set ModelConfig.vision.")
             mask = (inputs.tokens == self.config.image_token_id) | (inputs.tokens == self.config.video_token_id)
             x_BTD = place(x_BTD, mask, self.vision(inputs.vision))
         if inputs.time_series is not None:
-            assert self.time_series is not None, "the batch has signals, but the model has no time-series tower"
+            if self.time_series is None:
+                raise ConfigError("the batch has signals, but the model has no time-series tower; set ModelConfig.time_series.")
             x_BTD = place(x_BTD, inputs.tokens == self.config.ts_token_id, self.time_series(inputs.time_series))
         return x_BTD
 
@@ -44,7 +46,7 @@ class InternS1Pro(nnx.Module):
         *,
         cache: KVCache | None = None,
         replay_LBTGC: Int[Array, "L B T G C"] | None = None,
-        probe_L: Float[Array, L] | None = None,
+        probe_L: Float[Array, " L"] | None = None,
         remat: str = "none",
         trace: bool = False,
     ) -> TextOutput:

@@ -15,7 +15,7 @@ from interns1pro_jax.config import TextConfig
 from interns1pro_jax.layers.attention import AttentionContext
 from interns1pro_jax.layers.decoder import BlockOutput, LayerInputs, run_blocks, run_blocks_cached, stack_blocks
 from interns1pro_jax.layers.parameter import Buffer, normal, ones, parameter
-from interns1pro_jax.layers.router import RouterStats
+from interns1pro_jax.layers.router import NOT_RECORDED, RouterStats
 from interns1pro_jax.ops.fope import initial_coefficients, rotary_tables, text_frequencies
 from interns1pro_jax.ops.norm import rms_norm
 
@@ -80,8 +80,8 @@ class Fope(nnx.Module):
         shape = (config.num_key_value_heads, n, n) if config.fope.sep_head else (n, n)
         gain = config.fope.init_factor
 
-        def initial(key, shape, dtype):
-            return initial_coefficients(key, shape, gain).astype(dtype)
+        def initial(key, shape, dtype, *, out_sharding):
+            return jax.sharding.reshard(initial_coefficients(key, shape, gain).astype(dtype), out_sharding)
 
         self.sin_coef = parameter(rngs, initial, shape, (None,) * len(shape), config.param_dtype, Buffer)
         self.cos_coef = parameter(rngs, initial, shape, (None,) * len(shape), config.param_dtype, Buffer)
@@ -99,8 +99,10 @@ class TextModel(nnx.Module):
 
     def embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Token embeddings in the compute dtype."""
-        spec = sharding.spec("batch", "sequence", None)
-        return self.embed_VD[...].at[tokens_BT].get(out_sharding=spec).astype(self.config.dtype)
+        # Every device looks all tokens up in its part of the width, so that neither lookup nor gradient moves the table.
+        ids = sharding.constrain(tokens_BT, "replica", "sequence")
+        x_BTD = self.embed_VD[...].at[ids].get(out_sharding=sharding.spec("replica", "sequence", "embed"))
+        return sharding.constrain(x_BTD.astype(self.config.dtype), "batch", "sequence", None)
 
     def rotary(self, positions_BT: Int[Array, "B T"]) -> tuple[Float[Array, "B T heads H"], Float[Array, "B T heads H"]]:
         """cos and sin tables in float32 for these positions."""
@@ -119,7 +121,7 @@ class TextModel(nnx.Module):
         *,
         cache: KVCache | None = None,
         replay_LBTGC: Int[Array, "L B T G C"] | None = None,
-        probe_L: Float[Array, L] | None = None,
+        probe_L: Float[Array, " L"] | None = None,
         remat: str = "none",
         trace: bool = False,
     ) -> TextOutput:
@@ -128,7 +130,7 @@ class TextModel(nnx.Module):
         Args:
           positions_BT: position of each token in its document.
           segment_ids_BT: document of each token, 0 for padding.
-          cache: keys and values of earlier tokens; this pass's tokens are appended.
+          cache: keys and values of earlier tokens; this pass's tokens are appended. If they no longer fit, the output is NaN.
           replay_LBTGC: recorded routing of every MoE layer.
           probe_L: zeros, one for each MoE layer; their gradient is the squared straight-through gradient outside the chosen
             experts (`layers.router.observe_unselected`).
@@ -140,6 +142,11 @@ class TextModel(nnx.Module):
         context = AttentionContext(cos, sin, segment_ids_BT)
         segments = None
         if cache is not None:
+            if x_BTD.shape[1] > cache.segment_ids.shape[1]:
+                raise ValueError(
+                    f"{x_BTD.shape[1]} tokens do not fit in a cache of {cache.segment_ids.shape[1]} slots; make it with "
+                    "KVCache.empty(config, batch, slots) for all tokens to come."
+                )
             written = sharding.constrain(segment_ids_BT, "batch", None).astype(jnp.int32)
             segments = jax.lax.dynamic_update_slice(cache.segment_ids, written, (0, cache.length))
             context = dataclasses.replace(context, cache_segment_ids=segments, slot=cache.length)
@@ -150,6 +157,8 @@ class TextModel(nnx.Module):
         for index, (moe, _, count) in enumerate(self.config.layer_runs):
             inputs = LayerInputs()
             if moe:
+                if replay_LBTGC is not None:
+                    replay_LBTGC = sharding.constrain(replay_LBTGC, None, "batch", "sequence", None, None)
                 picked = slice(moe_layers, moe_layers + count)
                 inputs = LayerInputs(*(None if x is None else x[picked] for x in (replay_LBTGC, probe_L)))
                 moe_layers += count
@@ -162,14 +171,18 @@ class TextModel(nnx.Module):
                 keys.append(k)
                 values.append(v)
             outputs.append(out)
-        if cache is not None and segments is not None:
-            cache = KVCache(tuple(keys), tuple(values), segments, cache.length + x_BTD.shape[1])
         hidden = rms_norm(x_BTD, self.final_norm_D[...], self.config.rms_norm_eps)
-        id_dtype = jnp.uint8 if self.config.num_experts and self.config.experts_per_group <= 256 else jnp.uint16
+        if cache is not None and segments is not None:
+            length = cache.length + x_BTD.shape[1]
+            # A write beyond the last slot would be moved back over older tokens; a compiled program can only make that visible.
+            hidden = jnp.where(length <= segments.shape[1], hidden, jnp.nan)
+            cache = KVCache(tuple(keys), tuple(values), segments, length)
+        id_dtype = jnp.uint8 if self.config.num_moe_layers == 0 or self.config.experts_per_group <= NOT_RECORDED else jnp.uint16
+        stats = _concatenate([o.stats for o in outputs if o.stats is not None])
         return TextOutput(
             hidden_BTD=hidden,
             routing_LBTGC=_concatenate([o.ids_BTGC.astype(id_dtype) for o in outputs if o.ids_BTGC is not None]),
-            stats=_concatenate([o.stats for o in outputs if o.stats is not None]),
+            stats=None if stats is None else stats.over_rows(1),
             cache=cache,
             trace=tuple(outputs) if trace else None,
         )

@@ -25,12 +25,12 @@ def balance_loss(load_LE: Float[Array, "L E"], mass_LE: Float[Array, "L E"], tok
     return (experts // groups) * (share * mass).sum(-1).mean()
 
 
-def z_loss(z_L: Float[Array, L], tokens: Float[Array, ""]) -> Float[Array, ""]:
+def z_loss(z_L: Float[Array, " L"], tokens: Float[Array, ""]) -> Float[Array, ""]:
     """Mean over layers and tokens of logsumexp(logits)^2."""
     return z_L.mean() / jnp.maximum(tokens, 1)
 
 
-def global_topk_balance_loss(logits_LNE: Float[Array, "L N E"], valid_N: Bool[Array, N], top_k: int) -> Float[Array, ""]:
+def global_topk_balance_loss(logits_LNE: Float[Array, "L N E"], valid_N: Bool[Array, " N"], top_k: int) -> Float[Array, ""]:
     """The balancing loss of the Hugging Face implementation (spec 2.4): layers are pooled before the product, and the load is
     that of a *global* top-k, which ignores the groups. For parity; training uses `balance_loss`."""
     experts = logits_LNE.shape[-1]

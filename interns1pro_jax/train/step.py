@@ -24,19 +24,21 @@ Metrics = dict[str, jax.Array]
 
 
 def loss_function(
-    model: InternS1Pro, batch: Batch, probe_L: Float[Array, L] | None = None, remat: str = "none"
+    model: InternS1Pro, batch: Batch, probe_L: Float[Array, " L"] | None = None, remat: str = "none"
 ) -> tuple[Float[Array, ""], Metrics]:
     """Mean loss over the batch's labels plus the router's auxiliary losses, and the step's metrics.
 
-    Metrics (float32): `loss` (cross entropy in nats per label), `tokens` (labels), and for models with experts, per MoE layer,
+    Metrics (float32, counts int32): `loss` (cross entropy in nats per label), `tokens` (labels), and with experts, per MoE layer,
     `router/load` (assignments of each expert as a share of its group's), `router/entropy` (nats), `router/logit_max`, and the
-    scalars `router/balance_loss`, `router/balance_loss_in_group`, `router/z_loss`.
+    scalars `router/balance_loss`, `router/balance_loss_in_group`, `router/z_loss`, `router/entropy_mean`, `router/logit_max_all`,
+    `router/load_max` (of any expert, relative to the mean of its group) and `router/group_load_spread` (assignments of the fullest
+    group less those of the emptiest: 0 by construction).
     """
     text = model.config.text
     out = model(batch.inputs, probe_L=probe_L, remat=remat)
     total, count = cross_entropy(out.hidden_BTD, model.text.lm_head_DV[...], batch.labels)
     loss = total / jnp.maximum(count, 1)
-    metrics: Metrics = {"loss": loss, "tokens": count.astype(jnp.float32)}
+    metrics: Metrics = {"loss": loss, "tokens": count}
     if out.stats is not None:
         auxiliary, router_metrics = router_terms(text, out.stats)
         loss = loss + auxiliary
@@ -54,6 +56,10 @@ def router_terms(config: TextConfig, stats: RouterStats) -> tuple[Float[Array, "
         "router/load": (load_LGe / jnp.maximum(load_LGe.sum(-1, keepdims=True), 1)).reshape(stats.load_E.shape),
         "router/entropy": stats.entropy / jnp.maximum(tokens, 1),
         "router/logit_max": stats.logit_max,
+        "router/entropy_mean": (stats.entropy / jnp.maximum(tokens, 1)).mean(),
+        "router/logit_max_all": stats.logit_max.max(),
+        "router/load_max": config.experts_per_group * (load_LGe / jnp.maximum(load_LGe.sum(-1, keepdims=True), 1)).max(),
+        "router/group_load_spread": jnp.ptp(load_LGe.sum(-1), -1).max(),
         "router/balance_loss": balance,
         "router/balance_loss_in_group": balance_loss(stats.load_E, stats.mass_E, tokens, groups),
         "router/z_loss": z,
@@ -68,8 +74,16 @@ def make_train_step(
 
     Metrics are those of `loss_function`, and `grad_norm` (before clipping), `learning_rate`, `finite` (whether the update was
     applied), and `router/unselected_grad` per MoE layer: the norm of the straight-through gradient on the logits of experts
-    that were not run.
+    that were not run, and `router/unselected_grad_norm` over all layers.
+
+    Raises:
+      ConfigError: an unknown `remat`, or parameters in bfloat16, whose updates would mostly be rounded away.
     """
+    if config.param_dtype != "float32":
+        raise ConfigError(
+            f"TextConfig.param_dtype={config.param_dtype!r} cannot be trained: most updates are smaller than its last bit. "
+            "Set param_dtype='float32' (and dtype='bfloat16' to compute in bfloat16)."
+        )
     if remat not in REMAT:
         raise ConfigError(f"remat={remat!r} is unknown; use one of {sorted(REMAT)}.")
 
@@ -83,6 +97,7 @@ def make_train_step(
         metrics |= {"grad_norm": update.grad_norm, "learning_rate": update.learning_rate, "finite": update.finite}
         if config.num_moe_layers:
             metrics["router/unselected_grad"] = jnp.sqrt(squares_L)
+            metrics["router/unselected_grad_norm"] = jnp.sqrt(squares_L.sum())
         return (
             TrainState(
                 step=state.step + 1,

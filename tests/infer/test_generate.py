@@ -9,7 +9,7 @@ from interns1pro_jax.infer.sampling import Sampling
 from interns1pro_jax.models.inputs import ModelInputs
 from interns1pro_jax.models.interns1pro import create_model
 from interns1pro_jax.sharding import make_mesh
-from tests.tiny import random_inputs, text_only
+from tests.tiny import multimodal, multimodal_batch, random_inputs, text_only
 
 CONFIG = text_only()
 LENGTHS = np.array([12, 5, 9, 1])
@@ -81,6 +81,43 @@ def test_eight_devices_equal_one(sizes):
     one, eight = results
     np.testing.assert_array_equal(one.tokens, eight.tokens)
     np.testing.assert_allclose(one.logits, eight.logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("changes", [dict(router_n_groups=1, num_experts_per_tok=3), dict(router_n_groups=4)], ids=str)
+def test_other_routers_decode_as_they_read(mesh, changes):
+    """Plain top-k, and two experts in each group."""
+    model, inputs = create_model(text_only(**changes)), alone(ragged(), 2)
+    result = generate(model, inputs, 4, return_logits=True)
+    tokens = np.concatenate([inputs.tokens, result.tokens], 1)
+    out = jax.jit(lambda m, i: m(i))(model, ModelInputs(tokens, np.arange(13, dtype=np.int32)[None], np.ones((1, 13), np.int32)))
+    np.testing.assert_allclose(result.logits[0], np.asarray(model.text.logits(out.hidden_BTD))[0, 8:-1], atol=5e-5)
+
+
+def test_recorded_routing_can_be_replayed_whole(model):
+    """What was not recorded (after a row's end, and at its last token) is left to the router."""
+    free = generate(model, ragged(), 6)
+    result = generate(model, ragged(), 6, stop_tokens=(int(free.tokens[1, 2]),))
+    for row in range(4):
+        known = result.routing[:, row] != 255
+        assert known[:, : result.lengths[row] - 1].all() and not known[:, result.lengths[row] - 1 :].any()
+    inputs = ragged()
+    tokens, segments = (np.concatenate([a, b], 1) for a, b in ((inputs.tokens, result.tokens), (inputs.segment_ids, result.tokens * 0 + 1)))
+    positions = np.maximum(np.cumsum(segments, 1) - 1, 0).astype(np.int32)
+    whole, replay = ModelInputs(tokens, positions, segments), np.concatenate([result.prompt_routing, result.routing], 2)
+    out = jax.jit(lambda m, i, r: m(i, replay_LBTGC=r))(model, whole, replay)
+    np.testing.assert_array_equal(np.where(replay == 255, out.routing_LBTGC, replay), out.routing_LBTGC)
+
+
+@pytest.mark.parametrize("sizes", [{}, dict(fsdp=2, expert=4)], ids=str)
+def test_one_prompt_with_media_on_any_mesh(sizes):
+    config = multimodal()
+    batch = multimodal_batch(config).inputs
+    first = jax.tree.map(lambda x: x[2:3], batch)
+    with jax.set_mesh(make_mesh()):
+        expected = generate(create_model(config), batch, 3, return_logits=True)
+    with jax.set_mesh(make_mesh(**sizes)):
+        result = generate(create_model(config), first, 3, return_logits=True)
+    np.testing.assert_allclose(result.logits[0], expected.logits[2], atol=1e-4 * np.abs(expected.logits).max())
 
 
 def test_bad_prompts_are_named(model):

@@ -128,7 +128,21 @@ def test_collectives_of_the_layer_are_named_and_counted():
     assert text.count('"stablehlo.reduce_scatter"') == 4  # output forward, token gradient backward, two weight gradients
     assert text.count('"stablehlo.all_to_all"') == 3  # ids, weights, weight gradients: a few bytes per token
     scattered = re.findall(r'"stablehlo\.scatter".*?\}\) : \(tensor<(\w+)>', text, re.DOTALL)
-    assert scattered and all(operand.endswith("i32") for operand in scattered)  # indices of the permutation only
+    # Indices of the permutation, and on CPU the weight gradient [experts, K, N] of one expert at a time; no rows of activations.
+    assert scattered and all(operand.endswith("i32") or len(operand.split("x")) == 4 for operand in scattered)
+
+
+@pytest.mark.parametrize("sizes", [dict(data=2, fsdp=2, expert=2), dict(context=2, fsdp=2, expert=2)], ids=str)
+def test_weight_gradients_are_scattered_before_they_are_summed_over_replicas(sizes):
+    """What crosses `data` and `context` is a device's shard of the gradient, not the gathered whole."""
+    with jax.set_mesh(make_mesh(**sizes)):
+        x, w = np.ones((8, 6, D), np.float32), np.ones((8, 6, GROUPS, 1), np.float32)
+        gradient = jax.grad(lambda wi, wo: (layer(x, routings()["random"], w, wi, wo) ** 2).sum(), (0, 1))
+        text = jax.jit(gradient).lower(*weights()).as_text()
+    experts = GROUPS * PER_GROUP // 2
+    reduced = re.findall(r'"stablehlo\.all_reduce".*?\}\) : \(tensor<(\w+)>', text, re.DOTALL)
+    assert f"1x{experts}x{D // 2}x{2 * F}xf32" in reduced and f"1x{experts}x{F}x{D // 2}xf32" in reduced
+    assert f"1x{experts}x{D}x{2 * F}xf32" not in reduced
 
 
 @pytest.mark.parametrize("mesh_sizes", [{}, {"expert": 4}, {"fsdp": 2, "expert": 2}], ids=str)

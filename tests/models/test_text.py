@@ -65,9 +65,20 @@ def test_cached_equals_uncached(model, chunks):
     assert int(cache.length) == 12
 
 
+def test_a_full_cache_is_seen(model):
+    inputs = random_inputs(rows=1)
+    forward = jax.jit(lambda m, i, cache: m(i, cache=cache))
+    out = forward(model, inputs, KVCache.empty(CONFIG.text, 1, 14))
+    assert np.isfinite(out.hidden_BTD).all()
+    assert np.isnan(forward(model, inputs, out.cache).hidden_BTD).all()
+    with pytest.raises(ValueError, match="12 tokens do not fit in a cache of 5 slots"):
+        forward(model, inputs, KVCache.empty(CONFIG.text, 1, 5))
+
+
 def test_replay_of_recorded_routing_changes_nothing_and_other_routing_does(model):
     inputs = random_inputs(rows=2)
     logits, routing = forward(model, inputs)
+    routing = np.asarray(routing)  # replays come from the host
     assert routing.dtype == jnp.uint8 and routing.shape == (2, 2, 12, 8, 1)
     np.testing.assert_array_equal(forward(model, inputs, routing)[0], logits)
     other, recorded = forward(model, inputs, (routing + 1) % 4)
