@@ -132,7 +132,7 @@ class Router(nnx.Module):
         spec = sharding.spec("batch", "sequence", None, None)
         ids = top_ids(jax.lax.stop_gradient(logits).reshape(*batch, groups, size, out_sharding=spec), chosen)
         if replay_BTGC is not None:
-            replay = replay_BTGC.astype(jnp.int32)
+            replay = sharding.constrain(replay_BTGC, "batch", "sequence", None, None).astype(jnp.int32)
             ids = jnp.where(replay < size, replay, ids)
         # One comparison instead of gathers: its backward is a product, where that of a gather would be a scatter.
         hot_BTGCe = ids[..., None] == jnp.arange(size)

@@ -55,6 +55,7 @@ def test_straight_through_gradient_is_that_of_the_dense_softmax(x, temperature, 
     routing, _, logits = route(config, x, replay_BTGC=replay)
     if replayed:
         np.testing.assert_array_equal(routing.ids_BTGC, replay)
+    routing, logits = jax.tree.map(np.asarray, (routing, logits))
     upstream = jax.random.normal(jax.random.key(7), routing.weights_BTGC.shape)
 
     def through_router(logits):
@@ -98,9 +99,7 @@ def test_probe_reports_the_squared_gradient_outside_the_selection(mesh):
 
 def test_statistics_ignore_padding(x):
     valid = jnp.array([[True] * 5, [True, True, False, False, False]])
-    _, stats, _ = route(text_config(), x, valid)
-    _, first, _ = route(text_config(), x[:1])
-    _, second, _ = route(text_config(), x[1:, :2])
+    stats, first, second = (route(text_config(), *args)[1].over_rows(0) for args in ((x, valid), (x[:1],), (x[1:, :2],)))
     for name in ("load_E", "mass_E", "z", "entropy", "tokens"):
         np.testing.assert_allclose(getattr(stats, name), getattr(first, name) + getattr(second, name), rtol=1e-5)
     assert stats.tokens == 7 and stats.load_E.sum() == 7 * 8
@@ -130,7 +129,7 @@ def test_balance_gradient_reaches_the_router(x):
     graph, state = nnx.split(Router(config, rngs=nnx.Rngs(1)))
 
     def loss(state):
-        stats = nnx.merge(graph, state)(x, valid_BT=jnp.ones((2, 5), bool))[1]
+        stats = nnx.merge(graph, state)(x, valid_BT=jnp.ones((2, 5), bool))[1].over_rows(0)
         return balance_loss(stats.load_E[None], stats.mass_E[None], stats.tokens)
 
     assert np.abs(jax.jit(jax.grad(loss))(state)["kernel_DE"][...]).max() > 0
