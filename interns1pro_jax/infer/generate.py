@@ -81,8 +81,9 @@ def generate(
     if jax.process_count() > 1:
         result = multihost_utils.process_allgather(result, tiled=True)
     row_axis = {"prompt_routing": 1, "routing": 1}
-    fields = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
-    return Generation(**{k: None if v is None else np.asarray(v).take(np.arange(rows), row_axis.get(k, 0)) for k, v in fields.items()})
+    fields: dict[str, Any] = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
+    kept: dict[str, Any] = {k: None if v is None else np.asarray(v).take(np.arange(rows), row_axis.get(k, 0)) for k, v in fields.items()}
+    return Generation(**kept)
 
 
 def _pad_rows(inputs: ModelInputs, extra: int) -> ModelInputs:
