@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -44,11 +45,10 @@ def main(argv: list[str]) -> None:
 
 def run(bench: benchmark_configs.Benchmark, model, batch: int, peak: benchmark.Peak) -> None:  # type: ignore[no-untyped-def]
     rng = np.random.default_rng(0)
-    inputs = ModelInputs(
-        tokens=rng.integers(0, bench.text.vocab_size, (batch, bench.prompt), dtype=np.int32),
-        positions=np.broadcast_to(np.arange(bench.prompt, dtype=np.int32), (batch, bench.prompt)),
-        segment_ids=np.ones((batch, bench.prompt), np.int32),
-    )
+    tokens = rng.integers(0, bench.text.vocab_size, (batch, bench.prompt), dtype=np.int32)
+    positions = np.broadcast_to(np.arange(bench.prompt, dtype=np.int32), (batch, bench.prompt))
+    arrays: list[Any] = [tokens, positions, np.ones((batch, bench.prompt), np.int32)]
+    inputs = ModelInputs(*arrays)
     start = time.perf_counter()
     generate(model, inputs, bench.new_tokens)
     first_seconds = time.perf_counter() - start

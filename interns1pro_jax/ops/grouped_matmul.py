@@ -82,19 +82,19 @@ _grouped_matmul.defvjp(_forward, _backward)
 
 def _product(lhs_MK: Array, rhs: Array, sizes_G: Array, offset: Array, *, transposed: bool, dtype: Dtype) -> Array:
     """Rows times the [K, N] matrix of their group, or times the transpose of its [N, K] matrix."""
-    options = dict(transposed=transposed, dtype=dtype)
     return jax.lax.platform_dependent(
         lhs_MK, rhs, sizes_G, offset,
-        cpu=functools.partial(_product_cpu, **options), default=functools.partial(_product_ragged, **options),
+        cpu=functools.partial(_product_cpu, transposed=transposed, dtype=dtype),
+        default=functools.partial(_product_ragged, transposed=transposed, dtype=dtype),
     )  # fmt: skip
 
 
 def _weight_gradient(lhs_MK: Array, grad_MN: Array, sizes_G: Array, offset: Array, num_matrices: int, *, dtype: Dtype) -> Array:
     """For each group the product of its transposed rows with the rows of the gradient, [num_matrices, K, N]."""
-    options = dict(num_matrices=num_matrices, dtype=dtype)
     return jax.lax.platform_dependent(
         lhs_MK, grad_MN, sizes_G, offset,
-        cpu=functools.partial(_weight_gradient_cpu, **options), default=functools.partial(_weight_gradient_ragged, **options),
+        cpu=functools.partial(_weight_gradient_cpu, num_matrices=num_matrices, dtype=dtype),
+        default=functools.partial(_weight_gradient_ragged, num_matrices=num_matrices, dtype=dtype),
     )  # fmt: skip
 
 

@@ -76,8 +76,8 @@ def _forward(hidden_ND: Array, lm_head_DV: Array, labels_N: Array) -> tuple[Arra
         grad_head_DV += jnp.dot(transposed_copy(hidden_CD), grad_CV, preferred_element_type=jnp.float32)
         return (total + losses_C.sum(), grad_head_DV), grad_hidden_CD.astype(hidden_CD.dtype)
 
-    zeros = jnp.float32(0), jnp.zeros(lm_head_DV.shape, jnp.float32)
-    zeros = tuple(as_varying(zero, varying_axes(hidden_ND)) for zero in zeros)
+    axes = varying_axes(hidden_ND)
+    zeros = as_varying(jnp.float32(0), axes), as_varying(jnp.zeros(lm_head_DV.shape, jnp.float32), axes)
     chunks = _chunks(hidden_ND, labels_N, lm_head_DV.shape[1])
     (total, grad_head_DV), grad_hidden = jax.lax.scan(add_chunk, zeros, chunks)
     grad_hidden_ND = grad_hidden.reshape(-1, hidden_ND.shape[1])[: hidden_ND.shape[0]]
