@@ -37,11 +37,16 @@ def cross_entropy(
             lm_head_DV = as_varying(lm_head_DV.astype(hidden_BTD.dtype), axes)
             lm_head_DV = jax.lax.all_gather(lm_head_DV, split_D, axis=0, tiled=True) if split_D else lm_head_DV
         total = _sum_of_losses(*match_varying(hidden_BTD.reshape(labels_N.size, -1), lm_head_DV, labels_N))
-        return jax.lax.psum((total, jnp.sum(labels_N != IGNORED)), tuple(axes))
+        return total[None], jnp.sum(labels_N != IGNORED)[None]
 
-    return jax.shard_map(local, in_specs=(hidden_spec, lm_head_spec, tokens_spec), out_specs=PartitionSpec())(
+    used = tuple(axis for dim in tokens_spec for axis in ((dim,) if isinstance(dim, str) else dim or ()))
+    by_device = jax.shard_map(local, in_specs=(hidden_spec, lm_head_spec, tokens_spec), out_specs=PartitionSpec(used))(
         hidden_BTD, lm_head_DV, jax.sharding.reshard(labels_BT, tokens_spec)
     )
+    # The sums of the devices are gathered and added in their order: an all-reduce of a scalar adds them in any order, and a run
+    # that is started again would differ from one that was not.
+    total, count = (jax.sharding.reshard(part, PartitionSpec()).sum() for part in by_device)
+    return total, count
 
 
 def cross_entropy_reference(

@@ -56,7 +56,7 @@ def test_windows_of_a_recording_are_disjoint_and_have_equal_tokens(encoder):
         windows = list(signals._windows(recording, Licences()))
         assert len({sample.document.identifier for sample in windows}) == len(windows) > 3
         for _, document in windows:
-            (signal,) = encoder.signals(document)
+            (signal,) = encoder.tokenize(document).signals
             assert signal.tokens == 8 and signal.plan.patch <= 16
     assert "45 Hz (averaged from 360 Hz)" in windows[0].document.parts[2].text
 

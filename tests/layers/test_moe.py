@@ -10,6 +10,7 @@ from flax import nnx
 
 from interns1pro_jax import sharding
 from interns1pro_jax.config import ConfigError
+from interns1pro_jax.layers import moe
 from interns1pro_jax.layers.moe import ExpertStack, Moe, expert_parallel_mlp
 from interns1pro_jax.layers.router import Routing
 from interns1pro_jax.sharding import make_mesh
@@ -69,25 +70,28 @@ def test_equals_its_definition_for_any_routing(mesh_sizes):
 
 
 @pytest.mark.parametrize("mesh_sizes", MESHES[1:], ids=str)
-def test_rows_per_device_are_tokens_times_k_over_groups(mesh_sizes):
-    """The expert products of a device have a static number of rows, the same whatever the routing: the compiled program's
-    shapes say so, and so do the group sizes it computes from adversarial routings."""
-    from interns1pro_jax.ops.permutation import make_plan
+def test_rows_per_device_are_tokens_times_k_over_groups(mesh_sizes, monkeypatch):
+    """What each device multiplies, whatever the routing: a static number of rows, all of them assigned to its experts."""
+    assigned: list[int] = []
+    shapes: set[int] = set()
+    original = moe.grouped_matmul
 
-    tokens = 8 * 6
+    def counted(lhs, rhs, group_sizes, **options):
+        shapes.add(lhs.shape[0])
+        jax.debug.callback(lambda sizes: assigned.append(int(sizes.sum())), group_sizes)
+        return original(lhs, rhs, group_sizes, **options)
+
+    monkeypatch.setattr(moe, "grouped_matmul", counted)
     with jax.set_mesh(make_mesh(**mesh_sizes)):
-        ranks = sharding.axis_size("expert")
-        own = GROUPS // ranks
-        tokens_of_expert_group = tokens // sharding.axis_size("data", "fsdp")
-        for ids in routings().values():
-            flat = ids.reshape(tokens, GROUPS)
-            for rank in range(ranks):
-                local = flat[:tokens_of_expert_group, rank * own : (rank + 1) * own] + PER_GROUP * np.arange(own)
-                plan = make_plan(jnp.asarray(local), own * PER_GROUP)
-                assert plan.group_sizes_G.sum() == tokens_of_expert_group * own  # = tokens * K / (G/own)
+        ranks, devices = sharding.axis_size("expert"), 8
+        rows = (8 * 6 * ranks // devices) * GROUPS // ranks  # tokens of an expert group's devices, times the groups of one
         x, w = np.zeros((8, 6, D), np.float32), np.ones((8, 6, GROUPS, 1), np.float32)
-        text = layer.lower(x, ids, w, *weights()).as_text()
-    assert f"tensor<{tokens_of_expert_group * own}x{D}xf32>" in text
+        run = jax.jit(layer.__wrapped__)
+        for name, ids in routings().items():
+            assigned.clear()
+            jax.block_until_ready(run(x, ids, w, *weights()))
+            jax.effects_barrier()
+            assert shapes == {rows} and assigned == [rows] * devices * 2, name  # two products on each device
 
 
 def test_one_compiled_program_serves_every_routing():
