@@ -1,5 +1,6 @@
 """The model agrees with every golden of the official implementation; and the comparison notices what it should."""
 
+import json
 import shutil
 from collections import defaultdict
 from pathlib import Path
@@ -8,9 +9,12 @@ import jax
 import numpy as np
 import pytest
 
+from interns1pro_jax.config import ModelConfig
+from interns1pro_jax.models.vision_inputs import VisionItem
 from interns1pro_jax.sharding import make_mesh
 from tests.conftest import REFERENCE
 from tools.parity import plan
+from tools.parity.media import vision_rows
 from tools.parity.subject import Subject
 
 SMALL, GOLDEN = "variant_plain_rope_2per_group", "text_ragged.npz"
@@ -115,3 +119,40 @@ def test_an_unknown_file_is_reported(tmp_path):
     checked, later, unknown = plan.files(tmp_path)
     assert [path.name for path in checked] == ["config.json", "model.safetensors", "text_new.npz"]
     assert later == [] and unknown == [checkpoint / "surprise.npz", tmp_path / "surprise.json"]
+
+
+@pytest.mark.parametrize("leaf", ["shape", "count", "fp8", "scale_shape"])
+def test_a_changed_name_pattern_is_reported(reference, tmp_path, leaf):
+    content = json.loads((reference / "key_patterns.json").read_text())
+    name = "model.language_model.layers.{L}.self_attn.k_proj.weight"
+    content["patterns"][name][leaf] = [7, 7] if leaf.endswith("shape") else 7
+    (tmp_path / "key_patterns.json").write_text(json.dumps(content))
+    shutil.copytree(reference / "official", tmp_path / "released", copy_function=shutil.copyfile)
+    row = plan.check_file(tmp_path, tmp_path / "key_patterns.json", Subject(tmp_path))
+    assert len(row.problems) == 1 and row.problems[0].startswith(f"patterns/{name}/{leaf}: ")
+
+
+def _item(number: int, grid: tuple[int, int, int]) -> VisionItem:
+    """Patches that hold the item's number, and each its own."""
+    patches = np.arange(np.prod(grid), dtype=np.float32)
+    return VisionItem(np.stack([np.full_like(patches, number), patches], -1), grid)
+
+
+def test_images_and_videos_are_brought_into_one_reading_order():
+    config = ModelConfig()
+    image, video = [config.image_token_id], [config.video_token_id]
+    tokens = np.array([[1, *video * 2, 2, *image, 3, *video * 2, 0], [*image * 2, 4, *video, 5, *video, 0, 0, 0]])
+    images, videos = [_item(0, (1, 2, 2)), _item(1, (1, 2, 4))], [_item(2, (2, 4, 2)), _item(3, (2, 2, 2))]
+    rows = vision_rows(tokens, images, videos, config)
+    first = [[(int(item.patches[0, 0]), int(item.patches[0, 1])) for item in row] for row in rows]
+    assert first == [[(2, 0), (0, 0), (2, 8)], [(1, 0), (3, 0), (3, 4)]]
+    assert [[item.grid for item in row] for row in rows] == [[(1, 4, 2), (1, 2, 2), (1, 4, 2)], [(1, 2, 4), (1, 2, 2), (1, 2, 2)]]
+
+
+def test_placeholders_must_fit_their_contents():
+    config = ModelConfig()
+    image, video = config.image_token_id, config.video_token_id
+    with pytest.raises(ValueError, match=f"2 placeholders of id {image}, but the contents give 1 embeddings"):
+        vision_rows(np.array([[image, 1, image]]), [_item(0, (1, 2, 2))], [], config)
+    with pytest.raises(ValueError, match="the 2 placeholders of one item are not together"):
+        vision_rows(np.array([[image, video, image]]), [_item(0, (1, 2, 4))], [_item(1, (1, 2, 2))], config)

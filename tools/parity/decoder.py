@@ -35,6 +35,10 @@ _BF16_TYPICAL, _BF16_LARGEST = 0.05, 0.30  # in standard deviations of the golde
 _BF16_EQUAL_TOKENS = 0.5  # near-ties flip, as the official router rounds its logits to bfloat16 and ours does not (spec 9.4)
 _BF16_ULP = 2.0**-7  # relative
 
+# Quantising the inputs moves the logits by some 7 % of their spread, in root mean square. Two emulations differ only where a value
+# lies so close to the middle between two FP8 numbers that it is rounded the other way: 1 % is one value in fifty.
+_W8A8_TYPICAL, _W8A8_LARGEST = 0.01, 0.10
+
 
 def table_tolerance(positions: np.ndarray) -> np.ndarray:
     share = np.clip((positions - _SMALL_POSITION) / (_LARGE_POSITION - _SMALL_POSITION), 0, None)
@@ -202,7 +206,7 @@ def _compare_bf16(golden: Golden, result: Forward, text: TextConfig, valid: np.n
         if "router_logits" + suffix in golden:
             _compare_loosely(golden, "router_logits" + suffix, result.router_logits, tokens, _BF16_TYPICAL, _BF16_LARGEST)
         if "router_weights" + suffix in golden:
-            chosen = golden.input("router_indices" + suffix).astype(np.int64)
+            chosen = golden.get("router_indices" + suffix, result.router_indices).astype(np.int64)
             dense = _by_expert(result.router_weights, result.router_indices, text.num_experts)
             weights = np.take_along_axis(dense, chosen, -1)
             _compare_loosely(golden, "router_weights" + suffix, weights, tokens, _BF16_TYPICAL, _BF16_LARGEST)
@@ -227,4 +231,4 @@ def _compare_loosely(golden: Golden, name: str, ours: np.ndarray, where: np.ndar
 
 
 def _compare_w8a8(golden: Golden, subject: Subject, inputs: ModelInputs, valid: np.ndarray) -> None:
-    _compare_loosely(golden, "logits_w8a8_emulated", emulated_logits(subject, inputs), valid[..., None], _BF16_TYPICAL, _BF16_LARGEST)
+    _compare_loosely(golden, "logits_w8a8_emulated", emulated_logits(subject, inputs), valid[..., None], _W8A8_TYPICAL, _W8A8_LARGEST)

@@ -110,7 +110,7 @@ class Golden:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as arrays:
                 return cls(file, dict(arrays))
-        return cls(file, dict(_flatten(json.loads(path.read_text()))))
+        return cls(file, {name: 0.0 if leaf is None else leaf for name, leaf in flatten(json.loads(path.read_text()))})
 
     def __contains__(self, name: str) -> bool:
         return name in self._arrays
@@ -198,13 +198,13 @@ class Golden:
         return self.row
 
 
-def _flatten(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of a JSON document, with their paths as names. An array of numbers is a leaf."""
+def flatten(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of a JSON document, with their paths, joined by `/`, as names. An array of numbers or strings is a leaf."""
     if isinstance(content, dict):
         for key, value in content.items():
-            yield from _flatten(value, f"{prefix}{key}/")
+            yield from flatten(value, f"{prefix}{key}/")
     elif isinstance(content, list) and any(isinstance(item, dict | list) for item in content):
         for index, value in enumerate(content):
-            yield from _flatten(value, f"{prefix}{index}/")
+            yield from flatten(value, f"{prefix}{index}/")
     else:
-        yield prefix.removesuffix("/"), 0.0 if content is None else content
+        yield prefix.removesuffix("/"), content

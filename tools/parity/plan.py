@@ -35,7 +35,10 @@ CHECKS: tuple[tuple[str, Check], ...] = (
 )
 
 # Files about the model of the released size.
-_RELEASED_SIZE = ("key_patterns.json", "real_frequencies.npz")
+_RELEASED_SIZE: dict[str, Callable[[Golden, ModelConfig], None]] = {
+    "key_patterns.json": stored.check_key_patterns,
+    "real_frequencies.npz": stored.check_frequencies,
+}
 
 # Files that say nothing to compare with, and files that come with the input pipeline; paths relative to the reference.
 IGNORED = (r"(.*/)?README\.md", r"(.*/)?model\.safetensors\.index\.json", r"(.*/)?LICENSE[^/]*", r"(.*/)?\.[^/]*")
@@ -110,15 +113,10 @@ def check_file(reference: Path, path: Path, subject: Subject) -> Row:
     file, start = path.relative_to(reference).as_posix(), time.perf_counter()
     golden = Golden(file, {})
     try:
-        if path.name == "key_patterns.json":
-            golden = stored.check_key_patterns(path, file, released_config(reference))
-        elif path.suffix == ".safetensors":
-            golden = stored.open_safetensors(path, file)
+        golden = stored.open_safetensors(path, file) if path.suffix == ".safetensors" else Golden.open(path, file)
+        if path.name in _RELEASED_SIZE:
+            _RELEASED_SIZE[path.name](golden, released_config(reference))
         else:
-            golden = Golden.open(path, file)
-        if path.name == "real_frequencies.npz":
-            stored.check_frequencies(golden, released_config(reference))
-        elif path.name not in _RELEASED_SIZE:
             check = check_for(path.name)
             assert check is not None
             check(golden, subject)

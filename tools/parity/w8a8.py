@@ -6,8 +6,10 @@ with a hook at the inputs of its matrices.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -28,9 +30,14 @@ def emulated_logits(subject: Subject, inputs: ModelInputs) -> np.ndarray:
     def rounded(name: str, x: np.ndarray) -> np.ndarray:
         if subject.stored[name].dtype != "F8_E4M3":
             return x
-        return np.asarray(dequantize_activations(*quantize_activations(jnp.asarray(x), width), width))
+        return np.asarray(_round(jnp.asarray(x), width))
 
     return decode(subject.tensors, subject, inputs, rounded)
+
+
+@functools.partial(jax.jit, static_argnames="width")
+def _round(x: jax.Array, width: int) -> jax.Array:
+    return dequantize_activations(*quantize_activations(x, width), width)
 
 
 def decode(tensors: Mapping[str, np.ndarray], subject: Subject, inputs: ModelInputs, matrix_input: Linear) -> np.ndarray:
@@ -70,9 +77,8 @@ def decode(tensors: Mapping[str, np.ndarray], subject: Subject, inputs: ModelInp
         if text.is_moe(layer):
             weights = _routing(text, linear(where + "mlp.gate", h))
             for expert in range(text.num_experts):
-                at = weights[..., expert] > 0
-                if at.any():
-                    x[at] += weights[at, expert, None] * swiglu(f"{where}mlp.experts.{expert}.", h[at])
+                # All tokens, also those that do not choose the expert: arrays of one shape, compiled once.
+                x += weights[..., expert, None] * swiglu(f"{where}mlp.experts.{expert}.", h)
         else:
             x = x + swiglu(where + "mlp.", h)
     return norm(_LAYERS + "norm", x) @ tensors["lm_head.weight"].T
