@@ -1,0 +1,160 @@
+"""Compiles functions with Pallas kernels for TPU topologies on a machine without TPUs, and keeps the schedules.
+
+    with Compiler() as compiler:
+        compilation = compiler.compile(CHIPS["v6e"], Launch(function, (jax.ShapeDtypeStruct(shape, dtype), ...)))
+        print(compilation.schedules[0].root.tree())
+
+libtpu reads its flags once, when it is loaded: one `Compiler` must exist before anything in the process asks for a TPU topology.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from tools.kernels.chips import Chip
+from tools.kernels.schedule import Schedule, read_schedules
+
+# Keeps libtpu from looking for a TPU, and lets several processes compile at once.
+_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+# Without the pattern a dump has hundreds of megabytes and takes ten times as long.
+_DUMP = "--xla_jf_dump_to={} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=.*(final.*bundle|pre-delay).*"
+
+
+class CompileError(RuntimeError):
+    """Compilation is not possible here, or a kernel does not compile; the message says why in a line."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """A function, what it is called with, and options of the compiler."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    options: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compilation:
+    """A compiled program.
+
+    Attributes:
+      schedules: of its Pallas kernels, in the order of compilation.
+      vmem: bytes of scoped VMEM by name of the kernel.
+      code: bytes of the whole program, less those of a program that only copies its argument.
+      seconds: wall time of the compilation.
+    """
+
+    schedules: list[Schedule]
+    vmem: dict[str, int]
+    code: int
+    seconds: float
+
+    @property
+    def main(self) -> Schedule:
+        """The kernel with the most matrix work."""
+        return max(self.schedules, key=lambda schedule: schedule.root.total.matrix_cycles)
+
+
+class Compiler:
+    """Compiles for TPUs and reads the dumps; use as a context manager, which removes them."""
+
+    def __init__(self) -> None:
+        if importlib.util.find_spec("libtpu") is None:
+            raise CompileError("libtpu is not installed; it comes with `pip install interns1pro_jax[tpu]`.")
+        self._directory = Path(tempfile.mkdtemp(prefix="kernel_report_"))
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {_DUMP.format(self._directory)}".strip()
+        jax.config.update("jax_platforms", "cpu")
+
+    def __enter__(self) -> Compiler:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def compile(self, chip: Chip, launch: Launch) -> Compilation:
+        """Compiles for one device of `chip`.
+
+        Raises:
+          CompileError: it does not compile.
+          ScheduleError: it compiles, but the dump is not understood.
+        """
+        start = time.monotonic()
+        program = self._program(chip, launch)
+        seconds = time.monotonic() - start
+        schedules = read_schedules(self._directory)
+        text = program.as_text()
+        kernels = text.count('custom_call_target="tpu_custom_call"')
+        if kernels and not schedules:
+            raise CompileError("libtpu wrote no dump: it was loaded before the Compiler was made, or takes flags of another name.")
+        return Compilation(schedules, scoped_vmem(text), _code_bytes(program) - self._code_of_nothing(chip), seconds)
+
+    def _program(self, chip: Chip, launch: Launch):  # type: ignore[no-untyped-def]
+        for path in self._directory.iterdir():
+            path.unlink()
+        device = _device(chip)
+        arguments = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=SingleDeviceSharding(device)), launch.arguments
+        )
+        # Kernels that ask which chip they are traced for learn it from the abstract mesh.
+        abstract = jax.sharding.AbstractDevice(platform="tpu", device_kind=device.device_kind, num_cores=chip.cores)
+        mesh = jax.sharding.AbstractMesh((1,), ("device",), abstract_device=abstract)
+        try:
+            with jax.sharding.use_abstract_mesh(mesh):
+                lowered = jax.jit(launch.function).lower(*arguments)
+            return lowered.compile(compiler_options=dict(launch.options) or None)
+        except Exception as error:  # whatever tracing, Mosaic or XLA objects to is what the report has to show
+            raise CompileError(f"{type(error).__name__}: {first_line(str(error))}") from error
+
+    @functools.cache  # noqa: B019  (one compiler per process)
+    def _code_of_nothing(self, chip: Chip) -> int:
+        return _code_bytes(self._program(chip, Launch(lambda x: x + 1, (jax.ShapeDtypeStruct((8, 128), "float32"),))))
+
+
+def scoped_vmem(text: str) -> dict[str, int]:
+    """Bytes of VMEM that each kernel in a compiled module was given."""
+    found = {}
+    for line in text.splitlines():
+        name = re.match(r"\s*(?:ROOT )?%(\S+) = ", line)
+        if name and 'custom_call_target="tpu_custom_call"' in line:
+            used = re.search(r'"used_scoped_memory_configs":\[(.*?)\]', line)
+            sizes = re.findall(r'"memory_space":"1","offset":"\d+","size":"(\d+)"', used[1]) if used else []
+            if sizes:
+                found[name[1]] = sum(map(int, sizes))
+    return found
+
+
+def first_line(text: str, limit: int = 300) -> str:
+    return next((line.strip() for line in text.splitlines() if line.strip()), "")[:limit]
+
+
+def _code_bytes(program) -> int:  # type: ignore[no-untyped-def]
+    return program.memory_analysis().generated_code_size_in_bytes
+
+
+@functools.cache
+def _device(chip: Chip):  # type: ignore[no-untyped-def]
+    try:
+        return topologies.get_topology_desc(topology_name=chip.topology, platform="tpu").devices[0]
+    except Exception as error:
+        raise CompileError(f"libtpu has no topology {chip.topology}: {first_line(str(error))}") from error
