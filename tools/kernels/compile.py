@@ -134,13 +134,11 @@ class Compiler:
 def scoped_vmem(text: str) -> dict[str, int]:
     """Bytes of VMEM that each kernel in a compiled module was given."""
     found = {}
-    for line in text.splitlines():
-        name = re.match(r"\s*(?:ROOT )?%(\S+) = ", line)
-        if name and 'custom_call_target="tpu_custom_call"' in line:
-            used = re.search(r'"used_scoped_memory_configs":\[(.*?)\]', line)
-            sizes = re.findall(r'"memory_space":"1","offset":"\d+","size":"(\d+)"', used[1]) if used else []
-            if sizes:
-                found[name[1]] = sum(map(int, sizes))
+    for instruction in re.split(r"\n\s*(?:ROOT )?%(?=\S+ = )", text):
+        used = re.search(r'"used_scoped_memory_configs":\[(.*?)\]', instruction)
+        if 'custom_call_target="tpu_custom_call"' in instruction and used:
+            sizes = re.findall(r'"memory_space":"1","offset":"\d+","size":"(\d+)"', used[1])
+            found[instruction.split(" = ", 1)[0]] = sum(map(int, sizes))
     return found
 
 

@@ -27,7 +27,8 @@ import numpy as np
 
 _BUNDLE = re.compile(r"^\s*(0x[0-9a-f]+|0)\s+(?:L[HBE]|P[BF]|CT)?\s*:\s*(?:> ?)*\{")
 _COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
-_REGION = re.compile(r"Start(?:/End empty)? region (\d+)")
+_START = re.compile(r"Start(?:/End empty)? region (\d+)")
+_END = re.compile(r"(?<!/)End region (\d+)")
 _BRANCH = re.compile(r"\bsbr\.\w+ [^;]*?target = \$region(\d+)")
 _DELAY_SLOTS = 4
 
@@ -119,35 +120,36 @@ class Schedule:
 
 
 def read_schedules(directory: Path) -> list[Schedule]:
-    """The schedules of all Pallas kernels in a dump of one compilation.
+    """The schedules of all Pallas kernels in a dump of one compilation (not those of XLA's own code around them).
 
     Raises:
       ScheduleError: a kernel's dump is incomplete or not understood.
     """
-    return [_read(path) for path in sorted(directory.glob("*-schedule-analysis_final_bundles.txt")) if _is_kernel(path)]
+    found = []
+    for path in sorted(directory.glob("*-schedule-analysis_final_bundles.txt")):
+        match = re.fullmatch(r"(\d+-(.*))-\d+-schedule-analysis_final_bundles\.txt", path.name)
+        if match is None:
+            raise ScheduleError(f"{path.name}: expected NUMBER-KERNEL-PASS-schedule-analysis_final_bundles.txt.")
+        with path.open(errors="replace") as file:
+            head = file.read(8192)
+        if f"%{match[2]} = " in head and 'custom_call_target="tpu_custom_call"' in head:
+            found.append(_read(directory, match[1], match[2]))
+    return found
 
 
-def _is_kernel(analysis: Path) -> bool:
-    with analysis.open(errors="replace") as file:
-        return "tpu_custom_call" in file.read(8192)
-
-
-def _read(analysis: Path) -> Schedule:
-    match = re.fullmatch(r"(\d+-(.*))-\d+-schedule-analysis_final_bundles\.txt", analysis.name)
-    if match is None:
-        raise ScheduleError(f"{analysis.name}: expected NUMBER-KERNEL-PASS-schedule-analysis_final_bundles.txt.")
-    siblings = [path for path in analysis.parent.iterdir() if path.name.startswith(f"{match[1]}-")]
+def _read(directory: Path, prefix: str, name: str) -> Schedule:
+    siblings = [path for path in directory.iterdir() if path.name.startswith(f"{prefix}-")]
 
     def sibling(ending: str) -> Path:
-        found = [path for path in siblings if re.fullmatch(rf"\d+-{ending}", path.name[len(match[1]) + 1 :])]
+        found = [path for path in siblings if re.fullmatch(rf"\d+-{ending}", path.name[len(prefix) + 1 :])]
         if len(found) != 1:
-            raise ScheduleError(f"kernel {match[2]}: {len(found)} files *-{ending} in {analysis.parent}, expected one.")
+            raise ScheduleError(f"kernel {name}: {len(found)} files *-{ending}, expected one.")
         return found[0]
 
     per_cycle = read_utilization(sibling(r"pre-delay_hlo-static-per-bundle-utilization\.txt"))
     per_bundle = read_utilization(sibling(r"final_hlo-static-per-bundle-utilization\.txt"))
     with sibling(r"final_bundles\.txt").open(errors="replace") as file:
-        return Schedule(match[2], build_tree(list(read_bundles(file)), per_bundle, per_cycle))
+        return Schedule(name, build_tree(list(read_bundles(file)), per_bundle, per_cycle))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,11 +187,12 @@ def read_utilization(path: Path) -> Utilization:
 
 @dataclasses.dataclass(frozen=True)
 class Bundle:
-    """One bundle of instructions: how many products and transfers it starts, the regions that start here, the branches it takes."""
+    """One bundle of instructions: how many products and transfers it starts, regions that start and end here, targets of branches."""
 
     matmuls: int
     transfers: int
     starts: tuple[int, ...]
+    ends: tuple[int, ...]
     branches: tuple[int, ...]
 
 
@@ -217,9 +220,10 @@ def _bundle(text: str) -> Bundle:
     branches = tuple(int(name) for name in _BRANCH.findall(code))
     if len(branches) != code.count("sbr."):
         raise ScheduleError(f"a branch of unknown form in {text.strip()[:300]}.")
-    starts = tuple(int(name) for comment in comments for name in _REGION.findall(comment))
+    starts = tuple(int(name) for comment in comments for name in _START.findall(comment))
+    ends = tuple(int(name) for comment in comments for name in _END.findall(comment))
     transfers = code.count(" dma.") - code.count(" dma.done")
-    return Bundle(code.count(" vmatmul."), transfers, starts, branches)
+    return Bundle(code.count(" vmatmul."), transfers, starts, ends, branches)
 
 
 def build_tree(bundles: list[Bundle], per_bundle: Utilization, per_cycle: Utilization) -> Region:
@@ -243,22 +247,33 @@ def build_tree(bundles: list[Bundle], per_bundle: Utilization, per_cycle: Utiliz
         matrix_cycles = int(busy[first_cycle[end]] - busy[first_cycle[start]]) / per_cycle.matrix_units
         return Counts(end - start, cycles, between(matmuls), matrix_cycles, between(spills), between(fills), between(transfers))
 
-    return _nest(0, len(bundles), "kernel", sorted(_regions(bundles), key=lambda found: (found[0], -found[1])), count)
+    return _nest(0, len(bundles), "kernel", sorted(_regions(bundles), key=lambda found: (found[0], -found[1], found[2])), count)
 
 
 def _regions(bundles: list[Bundle]) -> set[tuple[int, int, str]]:
     """(start, end, kind) of what branches close or skip."""
     start_of: dict[int, int] = {}
+    end_of: dict[int, int] = {}
     for address, bundle in enumerate(bundles):
         for name in bundle.starts:
             start_of.setdefault(name, address)
+        for name in bundle.ends:
+            end_of[name] = address + 1
     regions = set()
     for address, bundle in enumerate(bundles):
-        after = min(address + 1 + _DELAY_SLOTS, len(bundles))
+        if not bundle.branches:
+            continue
+        # Empty delay slots are folded away; then what follows starts earlier.
+        slots_end = min(address + 1 + _DELAY_SLOTS, len(bundles))
+        after = next((place for place in range(address + 1, slots_end) if bundles[place].starts), slots_end)
         for name in bundle.branches:
-            if name not in start_of:
-                raise ScheduleError(f"bundle {address:#x} branches to region {name}, which starts nowhere.")
-            target = start_of[name]
+            if name in start_of:
+                target = start_of[name]
+            else:  # an empty region that is gone: it began where the last of those skipped ends
+                ends = [end_of[skipped] for skipped in bundles[after].starts if skipped in end_of] if after < len(bundles) else []
+                if not ends:
+                    raise ScheduleError(f"bundle {address:#x} branches to region {name}, which starts nowhere.")
+                target = max(ends)
             if target <= address:
                 regions.add((target, after, "loop"))
             elif after < target:
