@@ -1,8 +1,8 @@
 """Products of rows with the matrix of their group: the expert layers.
 
 `grouped_matmul` is the one entry; its cost is that of its FLOPs. Three products make it and its gradients: rows with matrices,
-rows with transposed matrices (input gradient), and rows with rows (weight gradient). On CPU each is a loop over blocks of rows,
-elsewhere `jax.lax.ragged_dot`. `grouped_matmul_reference` is the dense oracle.
+rows with transposed matrices (input gradient), and rows with rows (weight gradient). On TPU they are Pallas kernels, on CPU loops over
+blocks of rows, on GPU `jax.lax.ragged_dot`. `grouped_matmul_reference` is the dense oracle.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from jaxtyping import Array, Float, Int
 
 from interns1pro_jax.ops.layout import transposed_copy
 from interns1pro_jax.ops.varying import as_varying, match_varying, varying_axes
+from pallas_kernels import grouped_matmul as tpu
+from pallas_kernels.chips import current_chip
+from pallas_kernels.grouped_matmul import grouped_matmul_reference as grouped_matmul_reference
 
 Carry = TypeVar("Carry")
 Dtype = jnp.dtype
@@ -41,23 +44,12 @@ def grouped_matmul(
     """
     offset = jnp.asarray(0 if group_offset is None else group_offset, jnp.int32)
     dtype = jnp.dtype(preferred_element_type or lhs_MK.dtype)
-    return _grouped_matmul(dtype, *match_varying(lhs_MK, rhs_GKN, group_sizes_G, offset))
-
-
-def grouped_matmul_reference(
-    lhs_MK: Float[Array, "M K"],
-    rhs_GKN: Float[Array, "G K N"],
-    group_sizes_G: Int[Array, " G_used"],
-    *,
-    group_offset: int | Int[Array, ""] | None = None,
-    preferred_element_type: Dtype | None = None,
-) -> Float[Array, "M N"]:
-    """`grouped_matmul` by its definition: every matrix times every row, of which one product is kept."""
-    group_M = jnp.searchsorted(jnp.cumsum(group_sizes_G), jnp.arange(lhs_MK.shape[0]), side="right")
-    mine_MG = group_M[:, None] == jnp.arange(group_sizes_G.size)
-    used_GKN = jax.lax.dynamic_slice_in_dim(rhs_GKN, 0 if group_offset is None else group_offset, group_sizes_G.size)
-    products_GMN = jnp.einsum("mk,gkn->gmn", lhs_MK, used_GKN.astype(lhs_MK.dtype), preferred_element_type=jnp.float32)
-    return jnp.einsum("gmn,mg->mn", products_GMN, mine_MG.astype(jnp.float32)).astype(preferred_element_type or lhs_MK.dtype)
+    lhs_MK, rhs_GKN, group_sizes_G, offset = match_varying(lhs_MK, rhs_GKN, group_sizes_G, offset)
+    if chip := current_chip():
+        return tpu.grouped_matmul(
+            lhs_MK, rhs_GKN.astype(lhs_MK.dtype), group_sizes_G, group_offset=offset, preferred_element_type=dtype, chip=chip
+        )
+    return _grouped_matmul(dtype, lhs_MK, rhs_GKN, group_sizes_G, offset)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -98,7 +90,7 @@ def _weight_gradient(lhs_MK: Array, grad_MN: Array, sizes_G: Array, offset: Arra
     )  # fmt: skip
 
 
-# TPU and GPU ----------------------------------------------------------------------------------------------------------
+# GPU ------------------------------------------------------------------------------------------------------------------
 
 
 def _all_sizes(sizes_G: Array, offset: Array, num_matrices: int) -> Array:

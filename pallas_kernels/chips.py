@@ -1,0 +1,69 @@
+"""The TPU generations these kernels are made for, as their tile choice sees them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jax.experimental.pallas import tpu as pltpu
+
+MIB = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One JAX device of a TPU generation.
+
+    Attributes:
+      name: as in topology names.
+      cores: TensorCores that work on one kernel.
+      vmem: bytes of vector memory per core.
+      depth: rows of the stationary matrix that a matrix unit holds; a contraction costs whole multiples of it.
+      macs_per_cycle: bfloat16 multiply-adds per cycle and core.
+      clock: cycles per second.
+      hbm: bytes per second of the device.
+      native_fp8: whether the matrix units take e4m3 operands at twice the bfloat16 rate.
+      min_rows: rows up to which streaming hides behind the loading of the stationary matrices.
+      region_overhead: cycles to fill and drain the matrix units around a straight run of products; read off compiled schedules.
+    """
+
+    name: str
+    cores: int
+    vmem: int
+    depth: int
+    macs_per_cycle: int
+    clock: float
+    hbm: float
+    native_fp8: bool
+    min_rows: int
+    region_overhead: int
+
+    @property
+    def peak(self) -> float:
+        """bfloat16 FLOP/s of the device."""
+        return 2 * self.macs_per_cycle * self.clock * self.cores
+
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v5p", 2, 64 * MIB, 128, 4 * 128 * 128, 1.75e9, 2765e9, False, 48, 190),
+        Chip("v6e", 1, 128 * MIB, 256, 4 * 256 * 256, 1.75e9, 1640e9, False, 128, 290),
+        Chip("tpu7x", 1, 64 * MIB, 256, 4 * 256 * 256, 2.2e9, 3690e9, True, 128, 300),
+    )
+}
+
+_GENERATIONS = {"v5p": "v5p", "v6e": "v6e", "7x": "tpu7x"}
+
+
+def current_chip() -> Chip | None:
+    """The chip that the program being traced is for (that of the mesh in force, else the default device); None if not a TPU.
+
+    Raises:
+      ValueError: a TPU generation without tables here.
+    """
+    if not pltpu.is_tpu_device():
+        return None
+    version = str(pltpu.get_tpu_info().chip_version)
+    if version not in _GENERATIONS:
+        raise ValueError(f"there are no tile tables for TPU {version}; known are {', '.join(CHIPS)}. Add a row to pallas_kernels.chips.")
+    return CHIPS[_GENERATIONS[version]]
