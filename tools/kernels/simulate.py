@@ -6,9 +6,9 @@ A kernel describes what it does for concrete group sizes as a list of steps per 
      Step(4096, waits=(("x", 0), ("w", 0)), issues=((("x", 1), 1 << 20),), writes=((("y", 0), 1 << 20),)),
      ...]
 
-Steps run one after the other. A step waits for its transfers, then puts `issues` on the queue and computes; at the end of its compute
-it puts `writes` on the queue. The queue is serial: each transfer takes its bytes at the core's share of the HBM bandwidth, and a fixed
-latency if one is assumed. A program ends when all steps and all transfers have.
+Steps run one after the other. A step waits for its transfers, then puts `issues` on the queue and computes; at the end of its
+compute it puts `writes` on the queue. The queue is serial: each transfer takes its bytes at the core's share of the HBM bandwidth,
+and a fixed latency if one is assumed. A program ends when all steps and all transfers have.
 
 The model knows no latency of a first byte (unless told), no contention between cores, and no cost of waiting itself: it is a lower
 bound of what the kernel's own order of work allows.
@@ -100,7 +100,7 @@ def _run(steps: Iterable[Step], chip: Chip, memory: Memory) -> Outcome:
         nonlocal queue_free, queue
         for name, size in transfers:
             if name in arrival:
-                raise ProgramError(f"step {index}: transfer {name} was put on the queue before; every transfer needs a name of its own.")
+                raise ProgramError(f"step {index} puts transfer {name} on the queue again; every transfer needs a name of its own.")
             seconds = size / bandwidth + memory.latency
             queue_free = max(queue_free, now) + seconds
             queue += seconds

@@ -1,0 +1,125 @@
+"""The report as text: tables in Markdown, and everything as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from tools.kernels.report import BARS, Compiled, Hot, Modelled, Report, Sum
+
+BEST_PEER = "best peers"
+
+
+def markdown(report: Report, sums: Sequence[Sum], ours: str, assumptions: Mapping[str, str]) -> str:
+    """All tables, with what was assumed on top."""
+    sections = ["# Kernel report", "\n".join(f"* {name}: {text}" for name, text in assumptions.items())]
+    if sums:
+        sections += ["## The six products of one layer together", sums_table(sums, ours)]
+    if report.modelled:
+        sections += ["## Modelled times", _MODEL_NOTE, modelled_table(report.best())]
+    sections += ["## Compiled kernels", _COMPILED_NOTE, compiled_table(report.compiled)]
+    if failed := [record for record in report.compiled if record.error]:
+        sections += ["## Not compiled or not modelled", "\n".join(f"* {_of(record)}: {record.error}" for record in failed)]
+    return "\n\n".join(sections) + "\n"
+
+
+_MODEL_NOTE = (
+    "HBM: all bytes moved. Work: operations of the matrix units over those needed. Roofline: matrix units at full use, or every "
+    "operand moved once, whichever takes longer. Compute, stalls and transfers are those of the core that ends last."
+)
+_COMPILED_NOTE = (
+    "Of regions that hold products: cycles of one pass / cycles of its products at full use of the matrix units / the ratio; and "
+    "spills/fills. Of regions with the same products the slowest is shown. Code is that of the whole program less that of an empty one."
+)
+
+
+def sums_table(sums: Sequence[Sum], ours: str) -> str:
+    """A line per chip, rows and sizes; kernels side by side as milliseconds and times the roofline."""
+    kernels = list(dict.fromkeys(total.kernel for total in sums))
+    cells: dict[tuple[str, int, str], dict[str, Sum]] = {}
+    for total in sums:
+        cells.setdefault((total.chip, total.rows, total.sizes), {})[total.kernel] = total
+    rows = []
+    for (chip, count, sizes), by_kernel in cells.items():
+        mine, peer = by_kernel.get(ours), by_kernel.get(BEST_PEER)
+        roofline = max(by_kernel.values(), key=lambda total: len(total.missing) == 0).roofline
+        shown = [_total(by_kernel.get(kernel)) for kernel in kernels]
+        rows.append([chip, f"{count:,}", sizes, f"{roofline * 1e3:.3f}", *shown, verdict(mine, peer)])
+    return _table(["chip", "rows", "sizes", "roofline ms", *kernels, "bar"], rows)
+
+
+def verdict(mine: Sum | None, peer: Sum | None) -> str:
+    """Whether our kernels keep the bar and beat the best peers."""
+    if mine is None or mine.missing:
+        return "-"
+    bar = BARS.get(mine.rows)
+    kept = f"{bar} {'met' if mine.ratio <= bar else 'MISSED'}" if bar else "none"
+    if peer is None or peer.missing:
+        return kept
+    return f"{kept}, {'faster' if mine.time < peer.time else 'NOT FASTER'} than {peer.kernel}"
+
+
+def _total(total: Sum | None) -> str:
+    if total is None:
+        return "-"
+    if total.missing:
+        return f"no {', '.join(total.missing)}"
+    return f"{total.time * 1e3:.3f} ({total.ratio:.3f}x, work {total.work:.3f}x)"
+
+
+def modelled_table(records: Iterable[Modelled]) -> str:
+    columns: dict[str, Callable[[Modelled], str]] = {
+        "chip": lambda record: record.chip,
+        "rows": lambda record: f"{record.rows:,}" if record.rows else "",
+        "sizes": lambda record: record.sizes,
+        "kernel": lambda record: record.case,
+        "HBM GB": lambda record: f"{record.bytes / 1e9:.3f}",
+        "work": lambda record: f"{record.work:.3f}x",
+        "compute ms": lambda record: f"{record.compute * 1e3:.3f}",
+        "stalls ms": lambda record: f"{record.stalls * 1e3:.3f}",
+        "transfers ms": lambda record: f"{record.queue * 1e3:.3f}",
+        "modelled ms": lambda record: f"{record.time * 1e3:.3f}",
+        "roofline ms": lambda record: f"{record.roofline * 1e3:.3f} ({record.bound})",
+        "ratio": lambda record: f"{record.ratio:.3f}x",
+    }
+    return _table(list(columns), ([text(record) for text in columns.values()] for record in records))
+
+
+def compiled_table(records: Iterable[Compiled]) -> str:
+    columns: dict[str, Callable[[Compiled], str]] = {
+        "chip": lambda record: record.chip,
+        "kernel": lambda record: record.case,
+        "VMEM MiB": lambda record: f"{record.vmem / 2**20:.1f}",
+        "code MiB": lambda record: f"{record.code / 2**20:.2f}",
+        "bundles": lambda record: f"{record.bundles:,}",
+        "cycles/ideal/use": lambda record: "; ".join(
+            f"{hot.cycles}/{hot.matrix_cycles:.0f}/{hot.matrix_use:.3f}" for hot in _kinds(record)
+        ),
+        "spills/fills": lambda record: "; ".join(f"{hot.spills}/{hot.fills}" for hot in _kinds(record)),
+        "compile s": lambda record: f"{record.seconds:.1f}",
+    }
+    return _table(list(columns), ([text(record) for text in columns.values()] for record in records if not record.error))
+
+
+def _kinds(record: Compiled) -> list[Hot]:
+    """Of regions with the same matrix work (variants for masks, mostly) the slowest; most work first."""
+    slowest: dict[float, Hot] = {}
+    for hot in sorted(record.hot, key=lambda hot: hot.cycles):
+        slowest[hot.matrix_cycles] = hot
+    return sorted(slowest.values(), key=lambda hot: -hot.matrix_cycles)
+
+
+def as_json(report: Report, sums: Sequence[Sum], assumptions: Mapping[str, str]) -> str:
+    """Everything, every tiling included; seconds and bytes."""
+    records = {name: [dataclasses.asdict(record) for record in getattr(report, name)] for name in ("compiled", "modelled")}
+    return json.dumps({"assumptions": dict(assumptions), **records, "sums": [dataclasses.asdict(total) for total in sums]}, indent=1)
+
+
+def _of(record: Compiled) -> str:
+    return f"{record.chip} {record.case}"
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [list(header), ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
