@@ -230,8 +230,8 @@ def build_tree(bundles: list[Bundle], per_bundle: Utilization, per_cycle: Utiliz
     """Puts cycles, counts and control flow together."""
     if len(bundles) != len(per_bundle.rows):
         raise ScheduleError(f"{len(bundles)} bundles, but {len(per_bundle.rows)} rows of utilization.")
-    first_cycle = np.append(_first_cycles(per_bundle, per_cycle), len(per_cycle.rows))
     busy = np.append(0, np.cumsum(per_cycle[per_cycle.matrix_column]))
+    first_cycle = np.append(_first_cycles(per_bundle, per_cycle), len(per_cycle.rows))
 
     def summed(values) -> np.ndarray:  # type: ignore[no-untyped-def]
         return np.append(0, np.cumsum(values))
