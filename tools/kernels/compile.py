@@ -124,7 +124,7 @@ class Compiler:
                 lowered = jax.jit(launch.function).lower(*arguments)
             return lowered.compile(compiler_options=dict(launch.options) or None)
         except Exception as error:  # whatever tracing, Mosaic or XLA objects to is what the report has to show
-            raise CompileError(f"{type(error).__name__}: {first_line(str(error))}") from error
+            raise CompileError(f"{type(error).__name__}: {brief(str(error))}") from error
 
     @functools.cache  # noqa: B019  (one compiler per process)
     def _code_of_nothing(self, chip: Chip) -> int:
@@ -142,8 +142,9 @@ def scoped_vmem(text: str) -> dict[str, int]:
     return found
 
 
-def first_line(text: str, limit: int = 300) -> str:
-    return next((line.strip() for line in text.splitlines() if line.strip()), "")[:limit]
+def brief(text: str, limit: int = 400) -> str:
+    """The beginning of a message, in one line."""
+    return " ".join(text.split())[:limit]
 
 
 def _code_bytes(program) -> int:  # type: ignore[no-untyped-def]
@@ -155,4 +156,4 @@ def _device(chip: Chip):  # type: ignore[no-untyped-def]
     try:
         return topologies.get_topology_desc(topology_name=chip.topology, platform="tpu").devices[0]
     except Exception as error:
-        raise CompileError(f"libtpu has no topology {chip.topology}: {first_line(str(error))}") from error
+        raise CompileError(f"libtpu has no topology {chip.topology}: {brief(str(error))}") from error

@@ -52,8 +52,8 @@ def tokamax_v1(chip: Chip, product: Product, rows: int) -> list[Case]:
 
 
 def tokamax_v2(chip: Chip, product: Product, rows: int) -> list[Case]:
-    """With the tiles of its own heuristic, and where they do not fit the VMEM with the next best."""
-    tilings: list[Tiling | None] = [None]
+    """With the tiles of its own heuristic, with MaxText's, and where its own do not fit the VMEM with the next best."""
+    tilings: list[Tiling | None] = [None, (*_SHIPPED, 512)]
     if (chip.name, product.name) == ("v5p", "dn_dlhs"):
         tilings.append((512, 4096, 1536, 256))
     return [

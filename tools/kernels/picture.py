@@ -23,7 +23,7 @@ def draw(sums: Sequence[Sum], path: Path) -> None:
         for place, kernel in enumerate(kernels):
             shown = [(x, ratios[*cell, kernel]) for x, cell in enumerate(cells) if (*cell, kernel) in ratios]
             offsets = [x + (place - (len(kernels) - 1) / 2) * width for x, _ in shown]
-            panel.bar(offsets, [ratio for _, ratio in shown], width, label=kernel)
+            panel.bar(offsets, [ratio for _, ratio in shown], width, label=kernel, color=f"C{place}")
         for x, (rows, _) in enumerate(cells):
             if rows in BARS:
                 panel.hlines(BARS[rows], x - 0.45, x + 0.45, color="black", linestyle="--", linewidth=1)

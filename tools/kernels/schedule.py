@@ -269,11 +269,11 @@ def _regions(bundles: list[Bundle]) -> set[tuple[int, int, str]]:
         for name in bundle.branches:
             if name in start_of:
                 target = start_of[name]
-            else:  # an empty region that is gone: it began where the last of those skipped ends
-                ends = [end_of[skipped] for skipped in bundles[after].starts if skipped in end_of] if after < len(bundles) else []
-                if not ends:
+            else:  # an empty region that is gone: regions are numbered in order, so what is skipped ends with the one before
+                before = max((other for other in end_of if other < name and end_of[other] > after), default=None)
+                if before is None:
                     raise ScheduleError(f"bundle {address:#x} branches to region {name}, which starts nowhere.")
-                target = max(ends)
+                target = end_of[before]
             if target <= address:
                 regions.add((target, after, "loop"))
             elif after < target:
