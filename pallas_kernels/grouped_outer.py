@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.row_blocks import PACK, BlockCost, cut_groups
 from pallas_kernels.shapes import full_precision, varying_like
+
+
+# Left features of a product within a run. Slices keep few results and transposed rows alive at a time, else they spill.
+SLICE = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +36,8 @@ class OuterTiling:
       panels: parts of all columns, each a pass over the rows; a multiple of the cores.
       read_ahead: tiles whose rows are read ahead.
       results: buffers for finished tiles.
+      adds_beside: rows of a block from which on adding to a sum hides behind the products; smaller blocks that are their group's
+        only one have code that does without.
       cost: of a block of rows in a tile.
       vmem_limit: bytes of vector memory that the kernel may take.
     """
@@ -40,6 +47,7 @@ class OuterTiling:
     panels: int
     read_ahead: int
     results: int
+    adds_beside: int
     cost: BlockCost
     vmem_limit: int
 
@@ -177,10 +185,11 @@ def _kernel(  # type: ignore[no-untyped-def]
                 rhs_copy(visit).start()
 
     def clear_strangers(visit) -> None:  # type: ignore[no-untyped-def]
-        """Sets right rows of the block that are not of its group to zero."""
-        rows = rhs_ring.at[jax.lax.rem(visit, slots)]
+        """Sets left rows of the block that are not of its group to zero. What is no number in them, be it of another group or left from
+        an earlier one, would pass the zeros on the other side."""
+        rows = lhs_ring.at[jax.lax.rem(visits[LEFT, visit], slots)]
         head, end = visits[HEAD, visit], visits[END, visit]
-        row = jax.lax.broadcasted_iota(jnp.int32, (PACK, tiling.columns), 0)
+        row = jax.lax.broadcasted_iota(jnp.int32, (PACK, rows.shape[1]), 0)
 
         @pl.when(head > 0)
         def _() -> None:
@@ -200,9 +209,9 @@ def _kernel(  # type: ignore[no-untyped-def]
             @pl.when(visits[READS_LEFT, visit] == 1)
             def _() -> None:
                 lhs_copy(visit).wait()
+                clear_strangers(visit)
 
             rhs_copy(visit).wait()
-            clear_strangers(visit)
 
         is_first, is_last = visits[FIRST, visit] == 1, visits[LAST, visit] == 1
 
@@ -215,24 +224,37 @@ def _kernel(  # type: ignore[no-untyped-def]
         size = visits[SIZE, visit]
         for index, rows in enumerate(tiling.block_rows):
 
-            def product(rows: int = rows) -> jax.Array:
-                return jax.lax.dot_general(
-                    lhs_ring[lhs_slot, :rows],
-                    rhs_ring[rhs_slot, :rows],
-                    (((0,), (0,)), ((), ())),
-                    precision=full_precision(lhs_ring.dtype),
-                    preferred_element_type=jnp.float32,
-                )
+            def products(rows: int = rows) -> Iterator[tuple[slice, jax.Array]]:
+                """Products of slices of the left features. Right rows that are not of the group count as zeros."""
+                row = jax.lax.broadcasted_iota(jnp.int32, (rows, tiling.columns), 0)
+                right = jnp.where((row >= visits[HEAD, visit]) & (row < visits[END, visit]), rhs_ring[rhs_slot, :rows], 0)
+                for at in range(0, lhs_ring.shape[-1], SLICE):
+                    features = slice(at, min(at + SLICE, lhs_ring.shape[-1]))
+                    yield (
+                        features,
+                        jax.lax.dot_general(
+                            lhs_ring[lhs_slot, :rows, features],
+                            right,
+                            (((0,), (0,)), ((), ())),
+                            precision=full_precision(lhs_ring.dtype),
+                            preferred_element_type=jnp.float32,
+                        ),
+                    )
 
-            @pl.when((size == index) & is_first & is_last)
-            def _(product=product) -> None:  # type: ignore[no-untyped-def]
-                result[...] = product().astype(result.dtype)
+            is_alone = jnp.logical_and(is_first & is_last, rows < tiling.adds_beside)
+            if rows < tiling.adds_beside:
 
-            @pl.when((size == index) & ~(is_first & is_last))
-            def _(product=product) -> None:  # type: ignore[no-untyped-def]
-                sum_so_far = jnp.where(is_first, 0.0, total[...]) + product()
-                total[...] = sum_so_far
-                result[...] = sum_so_far.astype(result.dtype)
+                @pl.when((size == index) & is_alone)
+                def _(products=products) -> None:  # type: ignore[no-untyped-def]
+                    for features, product in products():
+                        result[features] = product.astype(result.dtype)
+
+            @pl.when((size == index) & ~is_alone)
+            def _(products=products) -> None:  # type: ignore[no-untyped-def]
+                for features, product in products():
+                    sum_so_far = jnp.where(is_first, 0.0, total[features]) + product
+                    total[features] = sum_so_far
+                    result[features] = sum_so_far.astype(result.dtype)
 
         @pl.when(size == len(tiling.block_rows))
         def _() -> None:
@@ -242,8 +264,6 @@ def _kernel(  # type: ignore[no-untyped-def]
         def _() -> None:
             result_copy(visit).start()
 
-    # What a ring held before its first rows came could be no number at all, which no zero on the other side would cancel.
-    lhs_ring[...] = jnp.zeros_like(lhs_ring)
     for visit in range(tiling.read_ahead):
         start_reading(visit)
     jax.lax.fori_loop(0, num_visits, step, None)

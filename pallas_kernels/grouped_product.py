@@ -23,8 +23,6 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.row_blocks import GROUP, HEAD, PACK, READ, SIZE, START, WRITE, BlockCost, RowBlocks, cut_rows
 from pallas_kernels.shapes import full_precision, varying_like
 
-READ_AHEAD = 2  # blocks of rows
-
 
 @dataclasses.dataclass(frozen=True)
 class ProductTiling:
@@ -35,6 +33,7 @@ class ProductTiling:
       columns: columns of a chunk of the matrix.
       panels: parts of all columns, each a pass over the rows; a multiple of the cores.
       chunks: chunks of the ring in vector memory; at least those of one panel.
+      read_ahead: blocks of rows that are read ahead.
       cost: of a block of rows in a panel.
       vmem_limit: bytes of vector memory that the kernel may take.
     """
@@ -43,6 +42,7 @@ class ProductTiling:
     columns: int
     panels: int
     chunks: int
+    read_ahead: int
     cost: BlockCost
     vmem_limit: int
 
@@ -94,11 +94,11 @@ def _call(lhs_MK: jax.Array, rhs: jax.Array, blocks: RowBlocks, transposed: bool
             out_specs=pl.BlockSpec(memory_space=pl.ANY),
             scratch_shapes=[
                 pltpu.VMEM((tiling.chunks, *chunk), rhs.dtype),
-                pltpu.VMEM((READ_AHEAD + 1, block, depth), lhs_MK.dtype),
+                pltpu.VMEM((tiling.read_ahead + 1, block, depth), lhs_MK.dtype),
                 pltpu.VMEM((2, block, panel), dtype),
                 pltpu.VMEM((PACK, panel), dtype),
                 pltpu.SemaphoreType.DMA((tiling.chunks,)),
-                pltpu.SemaphoreType.DMA((READ_AHEAD + 1,)),
+                pltpu.SemaphoreType.DMA((tiling.read_ahead + 1,)),
                 pltpu.SemaphoreType.DMA((2,)),
             ],
         ),
@@ -142,7 +142,7 @@ def _kernel(  # type: ignore[no-untyped-def]
                         chunk_copy(group + ahead, chunk % panel_chunks, wrap(first_slot + i)).start()
 
     def rows_copy(block):  # type: ignore[no-untyped-def]
-        slot, rows = jax.lax.rem(block, READ_AHEAD + 1), pl.multiple_of(blocks[READ, block], PACK)
+        slot, rows = jax.lax.rem(block, tiling.read_ahead + 1), pl.multiple_of(blocks[READ, block], PACK)
         start = pl.multiple_of(blocks[START, block], PACK)
         return pltpu.make_async_copy(lhs.at[pl.ds(start, rows)], lhs_ring.at[slot, pl.ds(0, rows)], lhs_sems.at[slot])
 
@@ -163,9 +163,9 @@ def _kernel(  # type: ignore[no-untyped-def]
         is_new = group != previous_group
         slot = jnp.where(is_new, wrap(previous_slot + panel_chunks), previous_slot)
 
-        @pl.when(block + READ_AHEAD < num_blocks)
+        @pl.when(block + tiling.read_ahead < num_blocks)
         def _() -> None:
-            rows_copy(block + READ_AHEAD).start()
+            rows_copy(block + tiling.read_ahead).start()
 
         @pl.when(is_new)
         def _() -> None:
@@ -178,7 +178,7 @@ def _kernel(  # type: ignore[no-untyped-def]
 
         wait_for_result(block - 2)
 
-        lhs_slot, out_slot = jax.lax.rem(block, READ_AHEAD + 1), jax.lax.rem(block, 2)
+        lhs_slot, out_slot = jax.lax.rem(block, tiling.read_ahead + 1), jax.lax.rem(block, 2)
         for index, rows in enumerate(tiling.block_rows):
 
             @pl.when(blocks[SIZE, block] == index)
@@ -213,13 +213,14 @@ def _kernel(  # type: ignore[no-untyped-def]
 
         return group, slot
 
-    fill(range(tiling.chunks), 0, 0)
-    for block in range(READ_AHEAD):
+    # Rows first: the ring is long, and copies arrive in order.
+    for block in range(tiling.read_ahead):
 
         @pl.when(block < num_blocks)
         def _(block: int = block) -> None:
             rows_copy(block).start()
 
+    fill(range(tiling.chunks), 0, 0)
     jax.lax.fori_loop(0, num_blocks, step, (-1, tiling.chunks - panel_chunks))
     wait_for_result(num_blocks - 2)
     wait_for_result(num_blocks - 1)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import functools
 import itertools
+from typing import TypeVar
 
 import numpy as np
 
 from pallas_kernels.chips import MIB, Chip
-from pallas_kernels.grouped_outer import OuterTiling
-from pallas_kernels.grouped_product import READ_AHEAD, ProductTiling
+from pallas_kernels.grouped_outer import SLICE, OuterTiling
+from pallas_kernels.grouped_product import ProductTiling
 from pallas_kernels.row_blocks import PACK, BlockCost, best_sums
 
 # (chip, kernel, rows, depth, columns, groups, bytes of an operand's element) -> tiling; kernels: product, transposed, outer.
@@ -22,15 +23,19 @@ TABLE: dict[tuple[str, str, int, int, int, int, int], ProductTiling | OuterTilin
 # search over random groups of 100 to 2,000 rows.
 PRODUCT_BLOCKS = {
     128: ((48, 80, 256), (48, 80, 144, 384)),
-    256: ((128, 176, 288), (128, 144, 192, 256, 512), (128, 176, 288, 512, 1024)),
+    256: ((128, 176, 288), (128, 176, 288, 384), (128, 144, 192, 256, 512), (128, 176, 288, 512, 1024)),
 }
 TRANSPOSED_BLOCKS = {
     128: ((64, 80, 256), (80, 128, 144, 384)),
     256: ((256, 352), (256, 320, 416), (256, 304, 384, 512), (256, 304, 384, 512, 768)),
 }
-STEP = 170  # cycles of a step besides its products
+OUTER_BLOCKS = ((1, 2), (1, 2, 3), (1, 2, 4), (1, 2, 3, 4))  # in units of what the matrix units contract at once
+STEP = 230  # cycles of a step besides its products; read off compiled schedules, as are the numbers below
 TYPICAL_SIZES = (0.4, 0.6, 0.8, 1.0, 1.3, 1.7)  # of groups, in units of their mean
 RESERVED = 3 * MIB  # of vector memory: for what the compiler spills
+
+
+Tiling = TypeVar("Tiling", ProductTiling, OuterTiling)
 
 
 class DoesNotFit(ValueError):
@@ -56,26 +61,27 @@ def product_tiling(
 def _product_tiling(
     chip: Chip, group_rows: float, depth: int, num_columns: int, itemsize: int, out_itemsize: int, transposed: bool
 ) -> ProductTiling:
-    sets = (TRANSPOSED_BLOCKS if transposed else PRODUCT_BLOCKS)[chip.depth]
-    found = None
+    hbm = (group_rows * (depth * itemsize + num_columns * out_itemsize) + depth * num_columns * itemsize) / chip.hbm
+    found: list[tuple[float, ProductTiling]] = []
     for panels in _panels(chip, num_columns):
         panel = num_columns // panels
         cost = _product_cost(chip, depth, panel, itemsize, transposed)
         columns = _largest_divisor(panel, 512)
         per_panel = panel // columns
-        for sizes in sets:
-            block = max(sizes)
-            rows_bytes = block * ((READ_AHEAD + 1) * depth * itemsize + 2 * panel * out_itemsize) + PACK * panel * out_itemsize
-            chunks = (chip.vmem - RESERVED - rows_bytes) // (columns * depth * itemsize)
-            # Half a matrix ahead at least; three matrices are as many as ever help.
-            if chunks < -(-3 * per_panel // 2):
-                continue
-            modelled = _row_cycles(sizes, cost, group_rows) * panels
-            # More code must be worth it.
-            if found is None or modelled < 0.99 * found[0]:
-                found = modelled, ProductTiling(sizes, columns, panels, min(chunks, 4 * per_panel), cost, chip.vmem - MIB)
+        for sizes in (TRANSPOSED_BLOCKS if transposed else PRODUCT_BLOCKS)[chip.depth]:
+            cycles, blocks = _group_cycles(sizes, cost, group_rows)
+            seconds = cycles * (panels // chip.cores) / chip.clock
+            # A group's matrix and rows are asked for at the same time, so that neither waits behind what is needed later. Matrices of
+            # two groups at least: with fewer, each group would wait for the last chunks of its own.
+            for ahead in (1, 2, 3):
+                chunks, read_ahead = (ahead + 1) * per_panel, max(2, int(np.ceil(ahead * blocks)))
+                rows = (read_ahead + 1) * depth * itemsize + 2 * panel * out_itemsize
+                memory = chunks * columns * depth * itemsize + max(sizes) * rows + PACK * panel * out_itemsize + RESERVED
+                if memory <= chip.vmem:
+                    tiling = ProductTiling(sizes, columns, panels, chunks, read_ahead, cost, chip.vmem - MIB)
+                    found.append((_with_imbalance(seconds, hbm, ahead), tiling))
         if found:
-            return found[1]
+            return _least_code(found)
     raise DoesNotFit(
         f"a grouped product with matrices [{depth}, {num_columns}] of {itemsize}-byte elements does not fit the {chip.vmem // MIB} MiB "
         f"of vector memory of {chip.name}; split the contraction or use a narrower dtype."
@@ -96,32 +102,42 @@ def outer_tiling(chip: Chip, num_rows: int, depth: int, num_columns: int, num_gr
 
 @functools.cache
 def _outer_tiling(chip: Chip, group_rows: float, depth: int, num_columns: int, itemsize: int, out_itemsize: int) -> OuterTiling:
-    panels = next(iter(_panels(chip, num_columns)))
+    hbm = (group_rows * (depth + num_columns) * itemsize + depth * num_columns * out_itemsize) / chip.hbm
+    panels = _panels(chip, num_columns)[0]
     panel = num_columns // panels
-    found = None
+    adds_beside = 0 if chip.depth == 128 else 2 * chip.depth
+    found: list[tuple[float, OuterTiling]] = []
     for columns in (c for c in range(128, panel + 1, 128) if panel % c == 0):
-        cost = BlockCost(_per_row(chip, depth, columns, itemsize), 0, chip.region_overhead + 150 + STEP)
-        for most in (2, 3, 4, 6):
-            sizes = tuple(chip.depth * i for i in range(1, most + 1))
-
-            def memory(read_ahead: int, results: int, block: int = max(sizes), columns: int = columns) -> int:
-                rows = (read_ahead + 1) * block * (depth + columns) * itemsize
-                transposed = 3 * block * depth * itemsize // 2
-                return rows + results * depth * columns * out_itemsize + depth * columns * 4 + transposed + RESERVED
-
-            if memory(1, 2) > chip.vmem:
+        cost = BlockCost(_per_row(chip, depth, columns, itemsize), 0, chip.region_overhead + STEP + 80)
+        for multiples, read_ahead, results in itertools.product(OUTER_BLOCKS, (1, 2, 3, 4), (2, 3, 4)):
+            sizes = tuple(chip.depth * multiple for multiple in multiples)
+            block, tiles = max(sizes), panel // columns
+            cycles, blocks = _group_cycles(sizes, cost, group_rows)
+            rings = (read_ahead + 1) * block * (depth + columns) * itemsize + results * depth * columns * out_itemsize
+            in_a_run = block * (columns + 3 * SLICE // 2) * itemsize  # right rows without strangers, left rows of a slice transposed
+            if rings + depth * columns * 4 + in_a_run + RESERVED > chip.vmem:
                 continue
-            modelled = _row_cycles(sizes, cost, group_rows) * (panel // columns)
-            if found is None or modelled < 0.99 * found[0]:
-                depths = [pair for pair in itertools.product((1, 2, 3), (2, 3, 4)) if memory(*pair) <= chip.vmem]
-                read_ahead, results = max(depths, key=lambda pair: (min(pair[0] + 1, pair[1]), pair[1]))
-                found = modelled, OuterTiling(sizes, columns, panels, read_ahead, results, cost, chip.vmem - MIB)
-    if found is None:
+            tiling = OuterTiling(sizes, columns, panels, read_ahead, results, adds_beside, cost, chip.vmem - MIB)
+            ahead = min(read_ahead, 2 * results - 2) / (tiles * blocks)
+            found.append((_with_imbalance(cycles * tiles * (panels // chip.cores) / chip.clock, hbm, ahead), tiling))
+    if not found:
         raise DoesNotFit(
             f"a weight gradient [{depth}, {num_columns}] of {itemsize}-byte rows does not fit the {chip.vmem // MIB} MiB of vector "
             f"memory of {chip.name}; split its depth or use a narrower dtype."
         )
-    return found[1]
+    return _least_code(found)
+
+
+def _with_imbalance(compute: float, transfers: float, groups_ahead: float) -> float:
+    """Seconds of a group of mean size, when groups differ. What is read ahead evens out groups that are bound by compute and groups
+    bound by transfers; about a fifth of the shorter of both is lost where one group is."""
+    return max(compute, transfers) + 0.1 * min(compute, transfers) / groups_ahead
+
+
+def _least_code(found: list[tuple[float, Tiling]]) -> Tiling:
+    """Of the tilings within a percent of the best the one with the least code."""
+    best = min(seconds for seconds, _ in found)
+    return min((t for seconds, t in found if seconds <= 1.01 * best), key=lambda t: (sum(t.block_rows), -getattr(t, "read_ahead", 0)))
 
 
 def _panels(chip: Chip, num_columns: int) -> list[int]:
@@ -150,14 +166,13 @@ def _product_cost(chip: Chip, depth: int, panel: int, itemsize: int, transposed:
     return BlockCost(per_row, chip.min_rows, overhead + 70, load=112 * per_row, load_per_row=0.59 * per_row)
 
 
-def _row_cycles(sizes: tuple[int, ...], cost: BlockCost, group_rows: float) -> float:
-    """Modelled cycles per row for groups of typical sizes."""
-    sums, total, rows = best_sums(sizes, cost), 0.0, 0.0
+def _group_cycles(sizes: tuple[int, ...], cost: BlockCost, group_rows: float) -> tuple[float, float]:
+    """Modelled cycles and number of blocks of a group, the mean over groups of typical sizes."""
+    sums, cycles, blocks = best_sums(sizes, cost), 0.0, 0.0
     for factor in TYPICAL_SIZES:
-        group = group_rows * factor
-        packs = int(np.ceil(group / PACK + 0.5))
+        packs = int(np.ceil(group_rows * factor / PACK + 0.5))
         whole = max(0, -(-(packs - len(sums) + 1) // (max(sizes) // PACK)))
-        tail = sums[packs - whole * max(sizes) // PACK]
-        total += whole * cost(max(sizes)) + sum(cost(sizes[i]) for i in tail if i >= 0)
-        rows += group
-    return total / rows
+        tail = [sizes[i] for i in sums[packs - whole * max(sizes) // PACK] if i >= 0]
+        cycles += whole * cost(max(sizes)) + sum(map(cost, tail))
+        blocks += whole + len(tail)
+    return cycles / sum(TYPICAL_SIZES), blocks / len(TYPICAL_SIZES)

@@ -1,0 +1,169 @@
+"""This project's grouped products: how they are called, and what they do step by step."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import chips, grouped_outer, grouped_product, row_blocks
+from pallas_kernels.grouped_outer import OuterTiling
+from pallas_kernels.grouped_product import ProductTiling
+from pallas_kernels.tiling import outer_tiling, product_tiling
+from tools.kernels.cases import Case
+from tools.kernels.chips import Chip
+from tools.kernels.compile import Compilation, Launch
+from tools.kernels.peers import grid_loop
+from tools.kernels.products import GROUPS, Product
+from tools.kernels.schedule import Region, ScheduleError
+from tools.kernels.simulate import Program, Step, Transfer
+
+_ROWS = 8192  # compiled for; neither code nor schedule depends on the number of rows
+_BYTES = 2  # of a bfloat16
+
+
+def grouped_matmul(chip: Chip, product: Product, rows: int) -> list[Case]:
+    """One case: the tiling that the kernel chooses for itself."""
+    of_chip = chips.CHIPS[chip.name]
+    if product.kind == "weight_gradient":
+        outer = outer_tiling(of_chip, rows, product.k, product.n, GROUPS, _BYTES, _BYTES)
+        return [_case(product, rows, outer, _call_outer, _outer_program)]
+    transposed = product.kind == "input_gradient"
+    tiling = product_tiling(of_chip, rows, product.k, product.n, GROUPS, _BYTES, _BYTES, transposed=transposed)
+    return [_case(product, rows, tiling, _call_product, _product_program)]
+
+
+def _case(product: Product, rows: int, tiling, call, program) -> Case:  # type: ignore[no-untyped-def]
+    name = f"ours {product.name} {'/'.join(map(str, tiling.block_rows))} x {tiling.columns}"
+    launch = functools.partial(_launch, functools.partial(call, product, tiling), product)
+    return Case(name, launch, product.work(rows), functools.partial(program, product, tiling))
+
+
+def _launch(call, product: Product, chip: Chip) -> Launch:  # type: ignore[no-untyped-def]
+    matrices = (GROUPS, product.k, product.n)
+    rhs = {"forward": matrices, "input_gradient": (GROUPS, product.n, product.k), "weight_gradient": (_ROWS, product.n)}[product.kind]
+    shapes = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((_ROWS, product.k), rhs))
+    return Launch(call, (*shapes, jax.ShapeDtypeStruct((GROUPS,), jnp.int32)))
+
+
+def _call_product(product: Product, tiling: ProductTiling, lhs, rhs, sizes):  # type: ignore[no-untyped-def]
+    transposed = product.kind == "input_gradient"
+    return grouped_product.grouped_product(
+        lhs, rhs, sizes, jnp.int32(0), transposed=transposed, dtype=jnp.dtype(jnp.bfloat16), tiling=tiling
+    )
+
+
+def _call_outer(product: Product, tiling: OuterTiling, lhs, rhs, sizes):  # type: ignore[no-untyped-def]
+    return grouped_outer.grouped_outer(lhs, rhs, sizes, dtype=jnp.dtype(jnp.bfloat16), tiling=tiling)
+
+
+def _conditional(loop: Region) -> tuple[list[Region], list[Region]]:
+    """The loop's conditional regions without products, those before the products and those behind them."""
+    hot = [region for region in loop.children if region.total.matmuls]
+    rest = [region for region in loop.children if not region.total.matmuls]
+    return [region for region in rest if region.end <= hot[0].start], [region for region in rest if region.start >= hot[-1].end]
+
+
+def _product_program(product: Product, tiling: ProductTiling, chip: Chip, compilation: Compilation, sizes: np.ndarray) -> Program:
+    """A step per block of rows. The code in front of the products that starts transfers runs when a new group begins."""
+    loop = grid_loop(compilation.main)
+    hot = [region for region in loop.children if region.total.matmuls]
+    if len(hot) != len(tiling.block_rows):
+        raise ScheduleError(f"{len(hot)} stretches of products for {len(tiling.block_rows)} sizes of blocks:\n{loop.tree()}")
+    before, behind = _conditional(loop)
+    new_group = sum(region.total.cycles for region in before if region.total.transfers)
+    always = loop.own.cycles + sum(region.total.cycles for region in before + behind) - new_group
+
+    per_panel = tiling.panel_chunks(product.n)
+    panel = per_panel * tiling.columns
+    cut = row_blocks.cut_rows(jnp.asarray(sizes, jnp.int32), int(sizes.sum()), tiling.block_rows, tiling.cost)
+    num_blocks, num_groups = map(int, cut.counts)
+    blocks = np.asarray(cut.blocks)[:, :num_blocks]
+
+    def steps(part: int) -> Iterator[Step]:
+        def chunks(first: int, last: int) -> Iterator[Transfer]:
+            for chunk in range(first, min(last, num_groups * per_panel)):
+                yield ("chunk", part, chunk), product.k * tiling.columns * _BYTES
+
+        def rows(block: int) -> Iterator[Transfer]:
+            if block < num_blocks:
+                yield ("rows", part, block), float(blocks[row_blocks.READ, block]) * product.k * _BYTES
+
+        def result(block: int) -> Iterator[Transfer]:
+            if block >= 0 and blocks[row_blocks.WRITE, block]:
+                yield ("result", part, block), float(blocks[row_blocks.WRITE, block]) * panel * _BYTES
+
+        yield Step(
+            compilation.main.root.own.cycles,
+            issues=(*(read for block in range(tiling.read_ahead) for read in rows(block)), *chunks(0, tiling.chunks)),
+        )
+        for block in range(num_blocks):
+            group, size = blocks[row_blocks.GROUP, block], blocks[row_blocks.SIZE, block]
+            is_new = block == 0 or group != blocks[row_blocks.GROUP, block - 1]
+            first = group * per_panel
+            ahead = first + tiling.chunks
+            yield Step(issues=(*rows(block + tiling.read_ahead), *(chunks(ahead - per_panel, ahead) if is_new and block else ())))
+            waits = [("rows", part, block), *(name for name, _ in result(block - 2))]
+            waits += [("chunk", part, chunk) for chunk in range(first, first + per_panel)] if is_new else []
+            cycles = always + hot[size].total.cycles + (new_group if is_new else 0)
+            flops = 2.0 * tiling.block_rows[size] * product.k * panel
+            yield Step(cycles, tuple(waits), (), tuple(result(block)), flops)
+
+    return _on_cores(chip, tiling.panels, steps)
+
+
+def _outer_program(product: Product, tiling: OuterTiling, chip: Chip, compilation: Compilation, sizes: np.ndarray) -> Program:
+    """A step per visit. Small sizes have two stretches of products, of which the second adds to the sum of earlier blocks."""
+    loop = grid_loop(compilation.main)
+    hot = [region for region in loop.children if region.total.matmuls]
+    kinds = [(rows, alone) for rows in tiling.block_rows for alone in (True, False) if not alone or rows < tiling.adds_beside]
+    if len(hot) != len(kinds):
+        raise ScheduleError(f"{len(hot)} stretches of products for {len(tiling.block_rows)} sizes of blocks:\n{loop.tree()}")
+    before, behind = _conditional(loop)
+    clear_pack = sum(region.total.cycles for branch in before for region in branch.walk() if region.kind == "loop")
+    always = loop.own.cycles + sum(region.total.cycles for region in before) - clear_pack
+    products = dict(zip(kinds, (region.total.cycles for region in hot), strict=True))
+    no_rows = sum(region.total.cycles for region in behind)
+
+    panel = product.n // tiling.panels
+    tiles = panel // tiling.columns
+    plan = grouped_outer.plan_visits(jnp.asarray(sizes, jnp.int32), int(sizes.sum()), tiles, tiling)
+    num_visits = int(plan.count[0])
+    visits = np.asarray(plan.visits)[:, :num_visits]
+
+    def steps(part: int) -> Iterator[Step]:
+        def reads(visit: int) -> Iterator[Transfer]:
+            if visit < num_visits and visits[grouped_outer.READ, visit]:
+                rows = float(visits[grouped_outer.READ, visit])
+                if visits[grouped_outer.READS_LEFT, visit]:
+                    yield ("left", part, int(visits[grouped_outer.LEFT, visit])), rows * product.k * _BYTES
+                yield ("right", part, visit), rows * tiling.columns * _BYTES
+
+        yield Step(compilation.main.root.own.cycles, issues=tuple(read for visit in range(tiling.read_ahead) for read in reads(visit)))
+        for visit in range(num_visits):
+            of = {field: int(visits[field, visit]) for field in grouped_outer.FIELDS}
+            yield Step(issues=tuple(reads(visit + tiling.read_ahead)))
+            waits = [name for name, _ in reads(visit)]
+            reused = of[grouped_outer.RESULT] - tiling.results
+            if of[grouped_outer.FIRST] and reused >= 0:
+                waits.append(("result", part, reused))
+            alone = bool(of[grouped_outer.FIRST] and of[grouped_outer.LAST])
+            writes = [(("result", part, of[grouped_outer.RESULT]), float(product.k * tiling.columns * _BYTES))]
+            if of[grouped_outer.ROWS] == 0:
+                yield Step(always + no_rows, tuple(waits), (), tuple(writes))
+                continue
+            alone = alone and of[grouped_outer.ROWS] < tiling.adds_beside
+            packs = (of[grouped_outer.ROWS] // row_blocks.PACK - of[grouped_outer.END] // row_blocks.PACK) * of[grouped_outer.READS_LEFT]
+            cycles = always + clear_pack * packs + products[of[grouped_outer.ROWS], alone]
+            flops = 2.0 * of[grouped_outer.ROWS] * product.k * tiling.columns
+            yield Step(cycles, tuple(waits), (), tuple(writes) if of[grouped_outer.LAST] else (), flops)
+
+    return _on_cores(chip, tiling.panels, steps)
+
+
+def _on_cores(chip: Chip, panels: int, steps) -> Program:  # type: ignore[no-untyped-def]
+    """Panels one after the other, as many at a time as there are cores."""
+    return Program(tuple(tuple(step for part in range(core, panels, chip.cores) for step in steps(part)) for core in range(chip.cores)))
