@@ -21,7 +21,6 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.row_blocks import PACK, BlockCost, cut_groups
 from pallas_kernels.shapes import full_precision, varying_like
 
-
 # Left features of a product within a run. Slices keep few results and transposed rows alive at a time, else they spill.
 SLICE = 512
 
@@ -110,10 +109,15 @@ def grouped_outer(
       lhs_MK, rhs_MN: rows sorted by group, of the same dtype.
       group_sizes_G: int32; sums to M.
       dtype: of the result. Groups without rows give exact zeros.
+
+    Raises:
+      ValueError: the columns do not divide into the tiling's.
     """
     if padding := -lhs_MK.shape[0] % PACK:
         lhs_MK, rhs_MN = (jnp.pad(x, ((0, padding), (0, 0))) for x in (lhs_MK, rhs_MN))
     (num_rows, depth), num_columns = lhs_MK.shape, rhs_MN.shape[1]
+    if num_columns % (tiling.panels * tiling.columns):
+        raise ValueError(f"{num_columns} columns do not divide into {tiling.panels} panels of tiles of {tiling.columns} columns.")
     num_groups = group_sizes_G.size
     tiles = num_columns // tiling.panels // tiling.columns
     visits = plan_visits(group_sizes_G, num_rows, tiles, tiling)
@@ -241,7 +245,7 @@ def _kernel(  # type: ignore[no-untyped-def]
                         ),
                     )
 
-            is_alone = jnp.logical_and(is_first & is_last, rows < tiling.adds_beside)
+            is_alone = is_first & is_last & (rows < tiling.adds_beside)
             if rows < tiling.adds_beside:
 
                 @pl.when((size == index) & is_alone)

@@ -34,6 +34,7 @@ class ProductTiling:
       panels: parts of all columns, each a pass over the rows; a multiple of the cores.
       chunks: chunks of the ring in vector memory; at least those of one panel.
       read_ahead: blocks of rows that are read ahead.
+      results: buffers for blocks of the result.
       cost: of a block of rows in a panel.
       vmem_limit: bytes of vector memory that the kernel may take.
     """
@@ -43,11 +44,22 @@ class ProductTiling:
     panels: int
     chunks: int
     read_ahead: int
+    results: int
     cost: BlockCost
     vmem_limit: int
 
     def panel_chunks(self, num_columns: int) -> int:
-        return num_columns // self.panels // self.columns
+        """Chunks of a panel.
+
+        Raises:
+          ValueError: the columns do not divide, or the ring does not hold a panel.
+        """
+        chunks, rest = divmod(num_columns, self.panels * self.columns)
+        if rest or chunks > self.chunks:
+            raise ValueError(
+                f"{num_columns} columns are not {self.panels} panels of up to {self.chunks} chunks of {self.columns} columns each."
+            )
+        return chunks
 
 
 def grouped_product(
@@ -95,11 +107,11 @@ def _call(lhs_MK: jax.Array, rhs: jax.Array, blocks: RowBlocks, transposed: bool
             scratch_shapes=[
                 pltpu.VMEM((tiling.chunks, *chunk), rhs.dtype),
                 pltpu.VMEM((tiling.read_ahead + 1, block, depth), lhs_MK.dtype),
-                pltpu.VMEM((2, block, panel), dtype),
+                pltpu.VMEM((tiling.results, block, panel), dtype),
                 pltpu.VMEM((PACK, panel), dtype),
                 pltpu.SemaphoreType.DMA((tiling.chunks,)),
                 pltpu.SemaphoreType.DMA((tiling.read_ahead + 1,)),
-                pltpu.SemaphoreType.DMA((2,)),
+                pltpu.SemaphoreType.DMA((tiling.results,)),
             ],
         ),
         compiler_params=pltpu.CompilerParams(
@@ -147,7 +159,7 @@ def _kernel(  # type: ignore[no-untyped-def]
         return pltpu.make_async_copy(lhs.at[pl.ds(start, rows)], lhs_ring.at[slot, pl.ds(0, rows)], lhs_sems.at[slot])
 
     def result_copy(block):  # type: ignore[no-untyped-def]
-        slot, rows = jax.lax.rem(block, 2), pl.multiple_of(blocks[WRITE, block], PACK)
+        slot, rows = jax.lax.rem(block, tiling.results), pl.multiple_of(blocks[WRITE, block], PACK)
         start = pl.multiple_of(blocks[START, block], PACK)
         columns = pl.ds(pl.multiple_of(first_column, tiling.columns), panel_chunks * tiling.columns)
         return pltpu.make_async_copy(out_ring.at[slot, pl.ds(0, rows)], out.at[pl.ds(start, rows), columns], out_sems.at[slot])
@@ -176,9 +188,9 @@ def _kernel(  # type: ignore[no-untyped-def]
 
         rows_copy(block).wait()
 
-        wait_for_result(block - 2)
+        wait_for_result(block - tiling.results)
 
-        lhs_slot, out_slot = jax.lax.rem(block, tiling.read_ahead + 1), jax.lax.rem(block, 2)
+        lhs_slot, out_slot = jax.lax.rem(block, tiling.read_ahead + 1), jax.lax.rem(block, tiling.results)
         for index, rows in enumerate(tiling.block_rows):
 
             @pl.when(blocks[SIZE, block] == index)
@@ -222,5 +234,5 @@ def _kernel(  # type: ignore[no-untyped-def]
 
     fill(range(tiling.chunks), 0, 0)
     jax.lax.fori_loop(0, num_blocks, step, (-1, tiling.chunks - panel_chunks))
-    wait_for_result(num_blocks - 2)
-    wait_for_result(num_blocks - 1)
+    for last in range(tiling.results, 0, -1):
+        wait_for_result(num_blocks - last)

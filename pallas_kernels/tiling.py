@@ -22,12 +22,12 @@ TABLE: dict[tuple[str, str, int, int, int, int, int], ProductTiling | OuterTilin
 # Sets of block sizes that cover any number of rows with little waste, fewest code first; by depth of the matrix units. Found by
 # search over random groups of 100 to 2,000 rows.
 PRODUCT_BLOCKS = {
-    128: ((48, 80, 256), (48, 80, 144, 384)),
-    256: ((128, 176, 288), (128, 176, 288, 384), (128, 144, 192, 256, 512), (128, 176, 288, 512, 1024)),
+    128: ((48, 80, 128), (48, 80, 256), (48, 64, 96, 176, 320), (48, 96, 112, 144, 256, 320, 448)),
+    256: ((128, 176, 288), (128, 144, 176, 288, 352, 384), (144, 176, 240, 288, 352, 384, 512, 640)),
 }
 TRANSPOSED_BLOCKS = {
-    128: ((64, 80, 256), (80, 128, 144, 384)),
-    256: ((256, 352), (256, 320, 416), (256, 304, 384, 512), (256, 304, 384, 512, 768)),
+    128: ((64, 80, 128), (64, 80, 208, 256), (64, 96, 144, 256, 320, 448)),
+    256: ((256, 352), (256, 288, 352, 416, 464), (256, 288, 304, 352, 384, 432, 496, 640)),
 }
 OUTER_BLOCKS = ((1, 2), (1, 2, 3), (1, 2, 4), (1, 2, 3, 4))  # in units of what the matrix units contract at once
 STEP = 230  # cycles of a step besides its products; read off compiled schedules, as are the numbers below
@@ -71,15 +71,15 @@ def _product_tiling(
         for sizes in (TRANSPOSED_BLOCKS if transposed else PRODUCT_BLOCKS)[chip.depth]:
             cycles, blocks = _group_cycles(sizes, cost, group_rows)
             seconds = cycles * (panels // chip.cores) / chip.clock
-            # A group's matrix and rows are asked for at the same time, so that neither waits behind what is needed later. Matrices of
-            # two groups at least: with fewer, each group would wait for the last chunks of its own.
-            for ahead in (1, 2, 3):
+            # A group's matrix and rows are asked for at the same time, and its results get as long to leave, so that nothing waits for
+            # copies that are needed later. Matrices of two groups at least: else each group would wait for the last chunks of its own.
+            for ahead, results in itertools.product((1, 2, 3), (2, 3, 4, 6, 8)):
                 chunks, read_ahead = (ahead + 1) * per_panel, max(2, int(np.ceil(ahead * blocks)))
-                rows = (read_ahead + 1) * depth * itemsize + 2 * panel * out_itemsize
+                rows = (read_ahead + 1) * depth * itemsize + results * panel * out_itemsize
                 memory = chunks * columns * depth * itemsize + max(sizes) * rows + PACK * panel * out_itemsize + RESERVED
                 if memory <= chip.vmem:
-                    tiling = ProductTiling(sizes, columns, panels, chunks, read_ahead, cost, chip.vmem - MIB)
-                    found.append((_with_imbalance(seconds, hbm, ahead), tiling))
+                    tiling = ProductTiling(sizes, columns, panels, chunks, read_ahead, results, cost, chip.vmem - MIB)
+                    found.append((_with_imbalance(seconds, hbm, min(ahead, results / blocks)), tiling))
         if found:
             return _least_code(found)
     raise DoesNotFit(
@@ -129,15 +129,16 @@ def _outer_tiling(chip: Chip, group_rows: float, depth: int, num_columns: int, i
 
 
 def _with_imbalance(compute: float, transfers: float, groups_ahead: float) -> float:
-    """Seconds of a group of mean size, when groups differ. What is read ahead evens out groups that are bound by compute and groups
-    bound by transfers; about a fifth of the shorter of both is lost where one group is."""
-    return max(compute, transfers) + 0.1 * min(compute, transfers) / groups_ahead
+    """Seconds of a group of mean size, when groups differ. Reading ahead evens out groups that are bound by compute and groups that are
+    bound by transfers; the more alike the two are in the mean, the more is lost where it does not."""
+    shorter, longer = sorted((compute, transfers))
+    return longer + 0.1 * shorter * (shorter / longer) ** 2 / groups_ahead
 
 
 def _least_code(found: list[tuple[float, Tiling]]) -> Tiling:
-    """Of the tilings within a percent of the best the one with the least code."""
+    """Of the tilings within half a percent of the best the one with the least code."""
     best = min(seconds for seconds, _ in found)
-    return min((t for seconds, t in found if seconds <= 1.01 * best), key=lambda t: (sum(t.block_rows), -getattr(t, "read_ahead", 0)))
+    return min((t for seconds, t in found if seconds <= 1.005 * best), key=lambda t: (sum(t.block_rows), -t.results, -t.read_ahead))
 
 
 def _panels(chip: Chip, num_columns: int) -> list[int]:

@@ -106,7 +106,7 @@ def _product_program(product: Product, tiling: ProductTiling, chip: Chip, compil
             first = group * per_panel
             ahead = first + tiling.chunks
             yield Step(issues=(*rows(block + tiling.read_ahead), *(chunks(ahead - per_panel, ahead) if is_new and block else ())))
-            waits = [("rows", part, block), *(name for name, _ in result(block - 2))]
+            waits = [("rows", part, block), *(name for name, _ in result(block - tiling.results))]
             waits += [("chunk", part, chunk) for chunk in range(first, first + per_panel)] if is_new else []
             cycles = always + hot[size].total.cycles + (new_group if is_new else 0)
             flops = 2.0 * tiling.block_rows[size] * product.k * panel
