@@ -249,7 +249,7 @@ def _kernel(  # type: ignore[no-untyped-def]
             if rows < tiling.adds_beside:
 
                 @pl.when((size == index) & is_alone)
-                def _(products=products) -> None:  # type: ignore[no-untyped-def]
+                def alone(products=products) -> None:  # type: ignore[no-untyped-def]
                     for features, product in products():
                         result[features] = product.astype(result.dtype)
 
