@@ -20,6 +20,8 @@ CORE = [
     "matplotlib>=3.9",
     "pillow>=11",
     "tokenizers>=0.22",
+    "sentencepiece>=0.2.1",
+    "regex>=2025.9",
 ]
 
 setup(
