@@ -46,13 +46,14 @@ class Chip:
 CHIPS = {
     chip.name: chip
     for chip in (
+        Chip("v5e", 1, 128 * MIB, 128, 4 * 128 * 128, 1.5e9, 819e9, False, 48, 190),
         Chip("v5p", 2, 64 * MIB, 128, 4 * 128 * 128, 1.75e9, 2765e9, False, 48, 190),
         Chip("v6e", 1, 128 * MIB, 256, 4 * 256 * 256, 1.75e9, 1640e9, False, 128, 290),
         Chip("tpu7x", 1, 64 * MIB, 256, 4 * 256 * 256, 2.2e9, 3690e9, True, 128, 300),
     )
 }
 
-_GENERATIONS = {"v5p": "v5p", "v6e": "v6e", "7x": "tpu7x"}
+_GENERATIONS = {"v5e": "v5e", "v5p": "v5p", "v6e": "v6e", "7x": "tpu7x"}
 
 
 def current_chip() -> Chip | None:

@@ -1,13 +1,18 @@
 """The fast grouped products equal the dense oracle, values and gradients, for every way that rows can fall into groups."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 
+import interns1pro_jax.ops.grouped_matmul as module
 from interns1pro_jax.ops.grouped_matmul import grouped_matmul, grouped_matmul_reference
 from interns1pro_jax.sharding import make_mesh
+from pallas_kernels.chips import CHIPS
 
 K, N = 24, 40
 SIZES = {
@@ -126,3 +131,15 @@ def test_compiles_for_tpu_without_the_cpu_loops():
     assert "while" in traced.lower(lowering_platforms=("cpu",)).as_text()
     text = traced.lower(lowering_platforms=("tpu",)).as_text()
     assert "ragged_dot" in text and "while" not in text
+
+
+def test_toy_widths_go_through_the_tpu_kernels(monkeypatch):
+    """On a TPU widths that are no multiples of 128 are padded; here the kernels are emulated."""
+    kernels = functools.partial(module.tpu.grouped_matmul, interpret=pltpu.InterpretParams())
+    inputs = arrays(SIZES["uneven"])
+    wanted = value_and_gradients(grouped_matmul_reference, *inputs)
+    monkeypatch.setattr(module, "current_chip", lambda: CHIPS["v5e"])
+    monkeypatch.setattr(module.tpu, "grouped_matmul", kernels)
+    for got, expected in zip(value_and_gradients(grouped_matmul, *inputs), wanted, strict=True):
+        assert got.shape == expected.shape
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-4)
