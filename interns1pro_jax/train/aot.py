@@ -124,7 +124,7 @@ def compile_for(mesh: Mesh, function: Callable[..., Any], *arguments: Any) -> Pr
         - memory.alias_size_in_bytes
         + memory.temp_size_in_bytes
         + memory.generated_code_size_in_bytes,
-        flops=cost["flops"],
+        flops=cost.get("flops", 0.0),  # absent where there are none
         kernel_flops=sum(map(float, re.findall(r'"cost_estimate":\{"flops":"(\d+)"', text))),
         warnings="".join(warnings),
     )
@@ -153,7 +153,8 @@ def _standard_error() -> Iterator[list[str]]:
 _KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 _BITS = {"pred": 8, "bf16": 16, "token": 0} | {f"{kind}{bits}": bits for kind in "suf" for bits in (2, 4, 8, 16, 32, 64)}
 _COMPUTATION = re.compile(r"(?:ENTRY )?%(\S+) \(.*\{$")
-_CALLED = re.compile(r"\b(body|condition|to_apply|calls)=%([\w.\-]+)|\b(branch_computations)=\{([^}]*)\}")
+_IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
+_CALLED = re.compile(r"\b(body|condition|to_apply|calls)=%([\w.\-]+)|\b(branch_computations|called_computations)=\{([^}]*)\}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,7 +227,7 @@ def _collective(
     mesh: Mesh,
     looped: bool,
 ) -> Collective:
-    groups = _groups(instruction.attributes, mesh.size)
+    groups = replica_groups(instruction.attributes, mesh.size)
     size = sum(_bytes(siblings[name].type) for name in instruction.operands)
     if kind == "all-gather":
         size *= len(groups[0])
@@ -237,7 +238,7 @@ def _collective(
     # The compiler's rewrites lose the name of a reduction, but not those inside the function that it applies.
     reducer = [i.op_name for how, called in instruction.called if how == "to_apply" for i in program[called].values()]
     scope = instruction.op_name or next(filter(None, reducer), "")
-    return Collective(kind, scope, size, _axes(groups, mesh), looped)
+    return Collective(kind, scope, size, _axes(kind, groups, mesh), looped)
 
 
 def _instruction(line: str) -> Instruction:
@@ -272,39 +273,58 @@ def _bytes(type_text: str) -> int:
     return total
 
 
-def _groups(attributes: str, devices: int) -> list[list[int]]:
+def replica_groups(attributes: str, devices: int) -> list[list[int]]:
     """Groups of devices (by their place in the mesh) that take part in a collective together; pairs of a permutation."""
     everyone = np.arange(devices)
     if pairs := re.search(r"source_target_pairs=\{(\{.*?\})\}", attributes):
-        return [[int(i) for i in pair.split(",")] for pair in re.findall(r"\{([\d,]+)\}", pairs[1])]
+        return [_integers(pair) for pair in re.findall(r"\{([\d,]+)\}", pairs[1])]
     if "replica_groups={}" in attributes:
         return [everyone.tolist()]
     if listed := re.search(r"replica_groups=\{(\{.*?\})\}", attributes):
-        return [[int(i) for i in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed[1])]
-    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
-        order = everyone.reshape([int(n) for n in iota[3].split(",")])
-        if iota[4]:
-            order = order.transpose([int(n) for n in iota[4].split(",")])
-        return order.reshape(int(iota[1]), int(iota[2])).tolist()
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
-        sizes = {name.strip("' "): int(size) for name, size in (axis.split("=") for axis in named[1].split(","))}
-        axes = [axis.strip("' ") for axis in named[2].split(",")]
-        if set(axes) <= set(sizes) and math.prod(sizes.values()) == devices:
-            places = [list(sizes).index(axis) for axis in axes]
-            return (
-                np.moveaxis(everyone.reshape(*sizes.values()), places, range(-len(places), 0))
-                .reshape(-1, math.prod(sizes[axis] for axis in axes))
-                .tolist()
-            )
+        return [_integers(group) for group in re.findall(r"\{([\d,]+)\}", listed[1])]
+    if iota := re.search(rf"replica_groups=\[(\d+),(\d+)\]<={_IOTA}", attributes):
+        return _iota(iota[3], iota[4]).reshape(int(iota[1]), int(iota[2])).tolist()
+    if named := re.search(rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({_IOTA}\))? \{{([^}}]*)\}}", attributes):
+        return _groups_along(named[1], everyone if named[2] is None else _iota(named[2], named[3]), named[4])
     raise ValueError(f"replica groups of an unknown form in HLO: {attributes[:300]}")
 
 
-def _axes(groups: list[list[int]], mesh: Mesh) -> tuple[str, ...] | None:
-    """The mesh axes along which the devices of a group differ, the same for all groups; pairs may differ by several steps."""
+def _iota(dims: str, order: str | None) -> np.ndarray:
+    """`[dims]T(order)`: all devices as an array of these dimensions, transposed."""
+    sizes = _integers(dims)
+    return np.arange(math.prod(sizes)).reshape(sizes).transpose(_integers(order) if order else None)
+
+
+def _groups_along(mesh: str, devices: np.ndarray, axes: str) -> list[list[int]]:
+    """Groups along axes, as in `'a','b':(2)4`, of a mesh as in `'a'=2,'b'=16`; `:(2)4` is a part of size 4 of its axis, inside one of 2."""
+    sizes = {name: int(size) for name, size in re.findall(r"([^',]+)'?=(\d+)", mesh)}
+    parts = {name: [size] for name, size in sizes.items()}
+    chosen = []
+    for name, outer, size in re.findall(r"'?([^',:]+)'?(?::\((\d+)\)(\d+))?", axes):
+        if outer:
+            parts[name] = [int(outer), int(size), sizes[name] // (int(outer) * int(size))]
+        chosen.append((name, bool(outer)))
+    if len({name for name, _ in chosen}) < len(chosen):
+        raise ValueError(f"replica groups along several parts of an axis are not read: mesh {mesh}, axes {axes}")
+    first = dict(zip(parts, np.cumsum([0, *map(len, parts.values())]).tolist(), strict=False))
+    places = [first[name] + inner for name, inner in chosen]
+    array = devices.reshape([size for sizes in parts.values() for size in sizes])
+    array = np.moveaxis(array, places, range(-len(places), 0))
+    return array.reshape(-1, math.prod(array.shape[-len(places) :])).tolist()
+
+
+def _integers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+def _axes(kind: str, groups: list[list[int]], mesh: Mesh) -> tuple[str, ...] | None:
+    """The mesh axes along which the devices of a group differ: the same for all groups, which are complete along them. The pairs
+    of a permutation may each differ along some of the axes."""
     shape = tuple(mesh.shape.values())
-    coordinates = [np.array(np.unravel_index(group, shape)) for group in groups]
-    varying = {tuple(name for name, c in zip(mesh.axis_names, place, strict=True) if len(set(c)) > 1) for place in coordinates}
-    axes = max(varying, key=len)
-    pairs = all(len(group) == 2 for group in groups)
-    complete = varying == {axes} and len(groups[0]) == math.prod(mesh.shape[name] for name in axes)
-    return axes if complete or (pairs and all(set(v) <= set(axes) for v in varying)) else None
+    differing = [
+        {name for name, c in zip(mesh.axis_names, np.unravel_index(group, shape), strict=True) if len(set(c)) > 1} for group in groups
+    ]
+    axes = tuple(name for name in mesh.axis_names if any(name in names for names in differing))
+    size = math.prod(mesh.shape[name] for name in axes)
+    complete = all(names == set(axes) and len(group) == size for names, group in zip(differing, groups, strict=True))
+    return axes if complete or kind == "collective-permute" else None
