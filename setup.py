@@ -1,4 +1,5 @@
-"""Packaging of interns1pro_jax: `pip install .` for the library, `.[demo]` for the demo's data, `.[test]` for the tests."""
+"""Packaging of interns1pro_jax: `pip install .` for the library, `.[media]` for files of videos and recordings, `.[demo]` for the demo's
+data, `.[test]` for the tests."""
 
 from setuptools import find_packages, setup
 
@@ -24,6 +25,9 @@ CORE = [
     "regex>=2025.9",
 ]
 
+# Files of videos, sound, MiniSEED, EDF and BDF, and PhysioNet's records.
+MEDIA = ["av>=14.0", "soundfile>=0.13", "pymseed>=1.0", "edfio>=0.4.10", "wfdb>=4.3"]
+
 setup(
     name="interns1pro_jax",
     version="0.1.0",
@@ -37,7 +41,9 @@ setup(
         "tpu": ["jax[tpu]>=0.10.2"],
         "gpu": ["jax[cuda12]>=0.10.2"],
         "demo": ["rdkit>=2025.9", "pymseed>=1.0"],
+        "media": MEDIA,
         "test": [
+            *MEDIA,
             "pytest>=8",
             "pytest-xdist>=3.6",
             "safetensors>=0.6",

@@ -12,7 +12,7 @@ from PIL import Image
 from interns1pro_jax.config import VisionConfig
 from interns1pro_jax.models.vision_inputs import VisionItem
 
-_MAX_ASPECT = 200
+MAX_ASPECT = 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +33,8 @@ def smart_resize(height: int, width: int, factor: int, bounds: PixelBounds) -> t
     """
     if min(height, width) < 1:
         raise ValueError(f"an image of {height} x {width} pixels is empty.")
-    if max(height, width) > _MAX_ASPECT * min(height, width):
-        raise ValueError(f"an image of {height} x {width} pixels has an aspect ratio above {_MAX_ASPECT}; crop it.")
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise ValueError(f"an image of {height} x {width} pixels has an aspect ratio above {MAX_ASPECT}; crop it.")
     new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
     if new_height * new_width > bounds.largest:
         shrink = math.sqrt(height * width / bounds.largest)
@@ -46,7 +46,18 @@ def smart_resize(height: int, width: int, factor: int, bounds: PixelBounds) -> t
 
 
 def to_rgb(image: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
-    """The pixels of an image file: grey is replicated, alpha dropped."""
+    """The pixels of an image: grey is replicated, alpha dropped, 16-bit grey (microscopes, detectors) scaled to 8 bits.
+
+    Pillow itself would cut 16-bit values off at 255.
+
+    Raises:
+      ValueError: values of 32 bits, whose black and white nobody but the image's author knows.
+    """
+    if image.mode.startswith("I;16"):
+        levels = np.asarray(image).astype(np.uint32)
+        return np.repeat(((levels * 255 + 32767) // 65535).astype(np.uint8)[..., None], 3, -1)
+    if image.mode in ("I", "F"):
+        raise ValueError(f"has pixels of 32 bits (mode {image.mode}), whose range is not known; scale them to 8 or 16 bits.")
     return np.asarray(image.convert("RGB"))
 
 
@@ -71,11 +82,16 @@ def image_item(pixels: UInt8[np.ndarray, "height width 3"], config: VisionConfig
 
 def patches_of(pixels: UInt8[np.ndarray, "height width 3"], config: VisionConfig) -> Float[np.ndarray, "patches patch_dim"]:
     """Normalised patches of an image of fitting size, merge block after merge block; a still image fills every frame of a patch."""
-    side, merge = config.patch_size, config.spatial_merge_size
-    height, width, channels = pixels.shape
+    frames = np.broadcast_to(pixels, (config.temporal_patch_size, *pixels.shape))
+    return patches_of_frames(frames, config)
+
+
+def patches_of_frames(pixels: UInt8[np.ndarray, "frames height width 3"], config: VisionConfig) -> Float[np.ndarray, "patches patch_dim"]:
+    """Normalised patches of frames of fitting size and number: patch by patch in time, in each merge block by merge block."""
+    side, merge, depth = config.patch_size, config.spatial_merge_size, config.temporal_patch_size
+    frames, height, width, channels = pixels.shape
     rows, columns = height // (side * merge), width // (side * merge)
-    x = (pixels.astype(np.float32) - np.float32(127.5)) / np.float32(127.5)
-    x = x.reshape(rows, merge, side, columns, merge, side, channels)
-    x = x.transpose(0, 3, 1, 4, 6, 2, 5)  # row, column, row and column in the block, channel, y, x
-    frames = (rows, columns, merge, merge, channels, config.temporal_patch_size, side, side)
-    return np.broadcast_to(x[:, :, :, :, :, None], frames).reshape(rows * columns * merge**2, config.patch_dim)
+    x = pixels.reshape(frames // depth, depth, rows, merge, side, columns, merge, side, channels)
+    # temporal patch, row, column, row and column in the block, channel, frame, y, x
+    x = x.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(-1, config.patch_dim)
+    return (x.astype(np.float32) - np.float32(127.5)) / np.float32(127.5)
