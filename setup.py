@@ -23,6 +23,7 @@ CORE = [
     "tokenizers>=0.22",
     "sentencepiece>=0.2.1",
     "regex>=2025.9",
+    "jinja2>=3.1",
 ]
 
 # Files of videos, sound, MiniSEED, EDF and BDF, and PhysioNet's records.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from interns1pro_jax.tokenizer.decoding import StreamDecoder
+
 END_OF_TEXT = "<|endoftext|>"
 TURN_START = "<|im_start|>"
 TURN_END = "<|im_end|>"
@@ -30,6 +32,11 @@ class Tokenizer(Protocol):
         """Number of ids; every id is in 0..vocab_size-1."""
         ...
 
+    @property
+    def fingerprint(self) -> str:
+        """Equal for tokenizers that give the same ids, in hexadecimal digits: to be stored beside what was encoded."""
+        ...
+
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, specials spelled out in it included as ordinary characters."""
         ...
@@ -40,6 +47,10 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; special tokens appear under their names."""
+        ...
+
+    def stream(self) -> StreamDecoder:
+        """Decodes ids that come one by one."""
         ...
 
     def special(self, token: str) -> int:

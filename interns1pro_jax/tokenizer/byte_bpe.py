@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,9 +12,9 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from interns1pro_jax.config import ConfigError
 from interns1pro_jax.tokenizer.base import SPECIAL_TOKENS
+from interns1pro_jax.tokenizer.decoding import ByteDecoder, StreamDecoder, token_bytes
+from interns1pro_jax.tokenizer.words import SPLIT
 
-# The split of the released vocabulary (spec 6.4): contractions, words with one leading sign, single digits, signs, white space.
-_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _BYTES = 256
 
 
@@ -27,6 +28,12 @@ class ByteBpeTokenizer:
         core.encode_special_tokens = True
         self._core = core
         self._where = where
+        names: list[str] = []
+        for index in range(core.get_vocab_size()):
+            if (name := core.id_to_token(index)) is None:
+                raise ConfigError(f"{where}: no token has id {index}; its ids must be 0, 1, ... without gaps.")
+            names.append(name)
+        self._decoder = ByteDecoder([token_bytes(name, self._specials) for name in names])
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> ByteBpeTokenizer:
@@ -42,7 +49,7 @@ class ByteBpeTokenizer:
         core.normalizer = normalizers.NFC()
         core.pre_tokenizer = pre_tokenizers.Sequence(
             [
-                pre_tokenizers.Split(tokenizers.Regex(_SPLIT), behavior="isolated"),
+                pre_tokenizers.Split(tokenizers.Regex(SPLIT), behavior="isolated"),
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
             ]
         )
@@ -81,6 +88,10 @@ class ByteBpeTokenizer:
     def vocab_size(self) -> int:
         return self._core.get_vocab_size()
 
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self._core.to_str().encode()).hexdigest()
+
     def encode(self, text: str) -> list[int]:
         return self._core.encode(text, add_special_tokens=False).ids
 
@@ -88,7 +99,10 @@ class ByteBpeTokenizer:
         return [encoding.ids for encoding in self._core.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._core.decode([int(i) for i in ids], skip_special_tokens=False)
+        return self._decoder.decode(ids)
+
+    def stream(self) -> StreamDecoder:
+        return StreamDecoder(self._decoder)
 
     def special(self, token: str) -> int:
         if token not in self._specials:
