@@ -1,0 +1,4 @@
+"""What the tests of the tokenizer and the commands about it share.
+
+slow     the rules of the released tokenizer, written out plainly, one token at a time
+"""
