@@ -13,6 +13,9 @@ from typing import Any
 _NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string", tuple: "a list", type(None): "null"}
 
 
+Config = typing.TypeVar("Config")
+
+
 class ConfigError(ValueError):
     """A configuration that is unknown, contradictory or impossible; the message names key, value and remedy."""
 
@@ -61,6 +64,22 @@ def field_types(kind: type) -> Mapping[str, Any]:
     """The type of every field of a dataclass."""
     hints = typing.get_type_hints(kind)
     return types.MappingProxyType({field.name: hints[field.name] for field in dataclasses.fields(kind)})
+
+
+def from_dict(kind: type[Config], content: Mapping[str, Any]) -> Config:
+    """The dataclass that `dataclasses.asdict` (and JSON) made `content` of."""
+    check_object(kind.__name__, content)
+    hints = field_types(kind)
+    reject_unknown(kind.__name__, content, set(hints))
+    return kind(**{name: _from_plain(hints[name], value) for name, value in content.items()})
+
+
+def _from_plain(hint: Any, value: Any) -> Any:
+    options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    inner = [option for option in options if dataclasses.is_dataclass(option)]
+    if inner and isinstance(value, Mapping):
+        return from_dict(inner[0], value)  # type: ignore[arg-type]
+    return tuple(value) if isinstance(value, list) else value
 
 
 def check_object(name: str, content: Any) -> None:

@@ -24,7 +24,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from interns1pro_jax.checkpoint.errors import CheckpointError
-from interns1pro_jax.checkpoint.hf_names import HfParameter, hf_parameters
+from interns1pro_jax.checkpoint.hf_names import POSITION_TABLE, HfParameter, hf_parameters
 from interns1pro_jax.checkpoint.safetensors_io import Checkpoint, open_checkpoint
 from interns1pro_jax.config import ModelConfig
 from interns1pro_jax.models.interns1pro import InternS1Pro
@@ -263,7 +263,7 @@ def _surplus_problems(checkpoint: Checkpoint, config: ModelConfig, name: str) ->
     """Tensors without a parameter are wrong, except where they hold what the model knows anyway (spec 4.2, 8, 9.7)."""
     if name.endswith("rotary_emb.inv_freq"):
         return
-    if name == "model.time_series.encoder_embed.pos_encoder.pe" and config.time_series is not None:
+    if name == POSITION_TABLE and config.time_series is not None:
         if not _is_sinusoidal(checkpoint.read(name), config.time_series.PATCH_WIDTH):
             yield f"{name} is not the sinusoidal table of this architecture, [rows, 1, {config.time_series.PATCH_WIDTH}]"
     elif re.fullmatch(r"model\.time_series\.encoder\.layers\.\d+\.self_attn\.k_proj\.bias", name):

@@ -15,13 +15,15 @@ import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-
-import numpy as np
+from typing import Any
 
 from interns1pro_jax.config import ModelConfig
 from interns1pro_jax.ops.fope import text_frequencies
 
 Rule = tuple[str, str | tuple[str, ...], str]
+
+# A buffer of the released layout that is no parameter here: the sinusoids of the patch encoder (spec 4.2).
+POSITION_TABLE, POSITION_ROWS = "model.time_series.encoder_embed.pos_encoder.pe", 20000
 
 _MODEL = "model.language_model."
 _LAYER = _MODEL + "layers.{L}."
@@ -180,8 +182,8 @@ class Layout:
         """The layout that leads back: from ours to the stored one."""
         return Layout(self.ours, self.stored, self.sizes)
 
-    def apply(self, stored: np.ndarray) -> np.ndarray:
-        """Brings an array of `stored_shape` to `shape`."""
+    def apply(self, stored: Any) -> Any:
+        """Brings an array (NumPy's or JAX's) of `stored_shape` to `shape`."""
         before = [d for axis in self.stored for d in axis]
         after = [d for axis in self.ours for d in axis]
         split = stored.reshape([self.sizes[d] for d in before])

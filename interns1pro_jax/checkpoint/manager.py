@@ -25,7 +25,7 @@ import orbax.checkpoint as ocp
 from interns1pro_jax.checkpoint.errors import CheckpointError
 
 _TEMPORARY, _DELETED = "*.orbax-checkpoint-tmp", "deleted"
-_STATE, _MANIFEST = "state", "manifest"
+STATE, MANIFEST = "state", "manifest"
 _LISTED = 8  # names shown in an error
 _OVERHEAD = 16_384  # bytes of metadata and blocks on disk for an array, at most
 
@@ -71,7 +71,7 @@ class CheckpointManager:
                 todelete_subdir=_DELETED,
                 preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
             ),
-            item_handlers={_STATE: ocp.PyTreeCheckpointHandler(), _MANIFEST: ocp.JsonCheckpointHandler()},
+            item_handlers={STATE: ocp.PyTreeCheckpointHandler(), MANIFEST: ocp.JsonCheckpointHandler()},
         )
 
     def __enter__(self) -> CheckpointManager:
@@ -95,12 +95,12 @@ class CheckpointManager:
           CheckpointError: this save, or an earlier one that ran in the background, failed. What was complete stays.
         """
         self.wait()
-        arrays = _named_leaves(state)
+        arrays = named_leaves(state)
         manifest = {"identity": self._identity, "extras": dict(extras or {}), "arrays": _describe(arrays)}
         if jax.process_index() == 0:
             self._sweep()
             self._check_space(step, sum(x.nbytes + _OVERHEAD for x in arrays.values()))
-        items = ocp.args.Composite(**{_STATE: ocp.args.PyTreeSave(arrays), _MANIFEST: ocp.args.JsonSave(manifest)})
+        items = ocp.args.Composite(**{STATE: ocp.args.PyTreeSave(arrays), MANIFEST: ocp.args.JsonSave(manifest)})
         try:
             self._orbax.save(step, args=items, force=True)
         except Exception as error:
@@ -141,12 +141,12 @@ class CheckpointManager:
                 f"{self.directory} has no checkpoint{f' of step {step}' if step >= 0 else ''}; it has {sorted(steps) or 'none'}."
             )
         where = self.directory / f"{step:08d}"
-        wanted = _named_leaves(abstract)
-        manifest = self._read(step, _MANIFEST, ocp.args.JsonRestore())
+        wanted = named_leaves(abstract)
+        manifest = self._read(step, MANIFEST, ocp.args.JsonRestore())
         self._compare_identity(where, manifest["identity"])
         self._compare_arrays(where, manifest["arrays"], _describe(wanted))
         args = ocp.args.PyTreeRestore(wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted))
-        found = self._read(step, _STATE, args)
+        found = self._read(step, STATE, args)
         leaves = [found[name] for name in wanted]
         return Restored(jax.tree.unflatten(jax.tree.structure(abstract), leaves), step, manifest["extras"])
 
@@ -241,7 +241,7 @@ def check_writable(directory: Path) -> None:
         ) from error
 
 
-def _named_leaves(tree: Any) -> dict[str, Any]:
+def named_leaves(tree: Any) -> dict[str, Any]:
     """Leaves by the names of their places; the array inside an NNX variable has the variable's name."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value"): leaf for path, leaf in leaves}

@@ -29,8 +29,8 @@ DTYPES: Mapping[str, np.dtype] = {
     }.items()
 }  # fmt: skip
 
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 _MAX_HEADER = 100_000_000  # the format's own limit
 
 
@@ -191,25 +191,23 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
         index says, or not in the index.
     """
     directory = Path(directory)
-    single, index = directory / _SINGLE, directory / _INDEX
+    single, index = directory / SINGLE, directory / INDEX
     if single.exists() and index.exists():
-        raise CheckpointError(f"{directory} holds both {_SINGLE} and {_INDEX}; remove the one that does not belong to the checkpoint.")
+        raise CheckpointError(f"{directory} holds both {SINGLE} and {INDEX}; remove the one that does not belong to the checkpoint.")
     if single.exists():
         return Checkpoint(directory, [SafetensorsFile(single)])
     if not index.exists():
-        raise CheckpointError(
-            f"{directory} holds neither {_SINGLE} nor {_INDEX}; give the directory of a checkpoint in the released layout."
-        )
+        raise CheckpointError(f"{directory} holds neither {SINGLE} nor {INDEX}; give the directory of a checkpoint in the released layout.")
     where = _weight_map(index)
     checkpoint = Checkpoint(directory, [SafetensorsFile(directory / name) for name in sorted(set(where.values()))])
     for name, file in where.items():
         if name not in checkpoint:
-            raise CheckpointError(f"{directory / file} lacks tensor {name!r}, which {_INDEX} places there; fetch the file again.")
+            raise CheckpointError(f"{directory / file} lacks tensor {name!r}, which {INDEX} places there; fetch the file again.")
         if checkpoint.path(name).name != file:
             raise CheckpointError(f"{index} places tensor {name!r} in {file}, but {checkpoint.path(name).name} holds it; fetch both again.")
     if len(unlisted := [name for name in checkpoint if name not in where]):
         raise CheckpointError(
-            f"{checkpoint.path(unlisted[0])} holds {unlisted[0]!r}, which {_INDEX} does not list ({len(unlisted)} such tensors); "
+            f"{checkpoint.path(unlisted[0])} holds {unlisted[0]!r}, which {INDEX} does not list ({len(unlisted)} such tensors); "
             "the files belong to different checkpoints, fetch them again."
         )
     return checkpoint

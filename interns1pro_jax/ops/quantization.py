@@ -18,13 +18,18 @@ _E4M3_VALUES = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).asty
 
 
 def quantize_blocks(
-    values: Float[Array, "*lead R C"], block: tuple[int, int] = WEIGHT_BLOCK, min_amax: float = 0.0
+    values: Float[Array, "*lead R C"],
+    block: tuple[int, int] = WEIGHT_BLOCK,
+    min_amax: float = 0.0,
+    keep: Float[Array, "*lead r c"] | None = None,
 ) -> tuple[Float[Array, "*lead R C"], Float[Array, "*lead r c"]]:
     """Rounds to e4m3 with the scale `2^ceil(log2(amax / 448))` of each block, amax being its largest magnitude.
 
     Args:
       block: rows and columns of a block.
       min_amax: lower bound of amax. A block of zeros has the scale 1 where the bound is 0.
+      keep: scales that blocks had before. A block that its own one represents exactly keeps it: rounding may have made the largest
+        magnitude smaller than the one that the scale was chosen for.
 
     Returns:
       float8_e4m3fn values of the same shape, and float32 scales [..., ceil(R / rows), ceil(C / columns)].
@@ -35,6 +40,12 @@ def quantize_blocks(
     magnitude = jnp.pad(jnp.abs(values.astype(jnp.float32)), [(0, 0)] * (values.ndim - 2) + padding)
     amax = magnitude.reshape(*values.shape[:-2], rows, block[0], columns, block[1]).max((-3, -1))
     scale = _power_of_two_scale(jnp.maximum(amax, min_amax))
+    if keep is not None:
+        factor = _expand(jnp.where(keep > 0, keep, 1).astype(jnp.float32), block, shape)
+        kept = (values.astype(jnp.float32) / factor).astype(jnp.float8_e4m3fn).astype(jnp.float32) * factor
+        lost = jnp.pad(kept != values.astype(jnp.float32), [(0, 0)] * (values.ndim - 2) + padding)
+        is_lossy = lost.reshape(*values.shape[:-2], rows, block[0], columns, block[1]).any((-3, -1))
+        scale = jnp.where(is_lossy | ~(keep > 0), scale, keep.astype(jnp.float32))
     quotient = values.astype(jnp.float32) / _expand(scale, block, shape)
     return quotient.astype(jnp.float8_e4m3fn), scale
 

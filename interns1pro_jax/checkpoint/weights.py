@@ -1,0 +1,77 @@
+"""The weights of a run's checkpoint without its optimizer: to export, serve or evaluate them, or to start another run from them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax.sharding import NamedSharding
+
+from interns1pro_jax.checkpoint.errors import CheckpointError
+from interns1pro_jax.checkpoint.manager import MANIFEST, STATE, CheckpointManager, named_leaves
+from interns1pro_jax.config import ModelConfig
+from interns1pro_jax.config_checks import from_dict
+from interns1pro_jax.models.interns1pro import InternS1Pro
+
+
+def read_weights(
+    directory: str | Path, step: int | None = None, *, dtype: str | None = None, param_dtype: str | None = None
+) -> tuple[InternS1Pro, int]:
+    """The model of a run's checkpoint, sharded over the mesh in force, and its step. The directory is only read: the run may go on.
+
+    Args:
+      directory: of the run's checkpoints (`WORKDIR/checkpoints`), or one made by `write_weights`.
+      step: which checkpoint; None takes the newest.
+      dtype, param_dtype: where to compute and store differently from the run.
+
+    Raises:
+      CheckpointError: there is no such checkpoint, or its files are damaged.
+    """
+    directory = Path(directory).absolute()
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is no directory; give that of a run's checkpoints.")
+    handlers = {STATE: ocp.PyTreeCheckpointHandler(), MANIFEST: ocp.JsonCheckpointHandler()}
+    options = ocp.CheckpointManagerOptions(step_format_fixed_length=8, read_only=True)
+    with ocp.CheckpointManager(directory, options=options, item_handlers=handlers) as manager:
+        steps = manager.all_steps()
+        step = max(steps, default=-1) if step is None else step
+        if step not in steps:
+            raise CheckpointError(
+                f"{directory} has no checkpoint{f' of step {step}' if step >= 0 else ''}; it has {sorted(steps) or 'none'}."
+            )
+        try:
+            manifest = manager.restore(step, args=ocp.args.Composite(**{MANIFEST: ocp.args.JsonRestore()}))[MANIFEST]
+            config = from_dict(ModelConfig, manifest["identity"]["model"]).with_dtypes(dtype, param_dtype)
+            model = nnx.eval_shape(lambda: InternS1Pro(config, rngs=nnx.Rngs(0)))
+            params, buffers = nnx.state(model, nnx.Param, ...)
+            abstract = jax.tree.map(_placed, {"params": params, "buffers": buffers})
+            wanted = named_leaves(abstract)
+            args = ocp.args.PyTreeRestore(wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True)
+            found = manager.restore(step, args=ocp.args.Composite(**{STATE: args}))[STATE]
+        except CheckpointError:
+            raise
+        except Exception as error:  # Orbax raises bare `Exception` for damaged arrays
+            raise CheckpointError(f"{directory / f'{step:08d}'} cannot be read ({str(error).splitlines()[0][:300]}).") from error
+    state = jax.tree.unflatten(jax.tree.structure(abstract), [found[name] for name in wanted])
+    return nnx.merge(nnx.graphdef(model), state["params"], state["buffers"]), step
+
+
+def write_weights(directory: str | Path, model: InternS1Pro, step: int = 0, origin: str = "") -> None:
+    """Saves a model alone, in the form of a run's checkpoint.
+
+    Raises:
+      CheckpointError: the directory cannot be written, or has too little space.
+    """
+    params, buffers = nnx.state(model, nnx.Param, ...)
+    identity = {"model": json.loads(json.dumps(dataclasses.asdict(model.config)))}
+    with CheckpointManager(directory, identity, keep_last=1) as manager:
+        manager.save(step, {"params": params, "buffers": buffers}, {"origin": origin})
+
+
+def _placed(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    spec = x.sharding.spec  # type: ignore[union-attr]
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(jax.sharding.get_mesh(), spec))  # type: ignore[arg-type]
