@@ -29,7 +29,8 @@ TRANSPOSED_BLOCKS = {
     128: ((64, 80, 128), (64, 80, 208, 256), (64, 96, 144, 256, 320, 448)),
     256: ((256, 352), (256, 288, 352, 416, 464), (256, 288, 304, 352, 384, 432, 496, 640)),
 }
-OUTER_BLOCKS = ((1, 2), (1, 2, 3), (1, 2, 4), (1, 2, 3, 4))  # in units of what the matrix units contract at once
+OUTER_UNITS = (2, 3, 4)  # most rows of a block, in units of what the matrix units contract at once
+OUTER_STEP = 170  # cycles of a visit of a weight gradient besides filling and draining; read off compiled schedules
 STEP = 230  # cycles of a step besides its products; read off compiled schedules, as are the numbers below
 TYPICAL_SIZES = (0.4, 0.6, 0.8, 1.0, 1.3, 1.7)  # of groups, in units of their mean
 RESERVED = 3 * MIB  # of vector memory: for what the compiler spills
@@ -105,19 +106,18 @@ def _outer_tiling(chip: Chip, group_rows: float, depth: int, num_columns: int, i
     hbm = (group_rows * (depth + num_columns) * itemsize + depth * num_columns * out_itemsize) / chip.hbm
     panels = _panels(chip, num_columns)[0]
     panel = num_columns // panels
-    adds_beside = 0 if chip.depth == 128 else 2 * chip.depth
     found: list[tuple[float, OuterTiling]] = []
     for columns in (c for c in range(128, panel + 1, 128) if panel % c == 0):
-        cost = BlockCost(_per_row(chip, depth, columns, itemsize), 0, chip.region_overhead + STEP + 80)
-        for multiples, read_ahead, results in itertools.product(OUTER_BLOCKS, (1, 2, 3, 4), (2, 3, 4)):
-            sizes = tuple(chip.depth * multiple for multiple in multiples)
-            block, tiles = max(sizes), panel // columns
-            cycles, blocks = _group_cycles(sizes, cost, group_rows)
-            rings = (read_ahead + 1) * block * (depth + columns) * itemsize + results * depth * columns * out_itemsize
+        cost = BlockCost(_per_row(chip, depth, columns, itemsize), 0, chip.region_overhead + OUTER_STEP)
+        for units, read_ahead, results in itertools.product(OUTER_UNITS, (1, 2, 3, 4), (2, 3, 4)):
+            block, tiles = units * chip.depth, panel // columns
+            cycles, blocks = _outer_cycles(chip.depth, units, cost, group_rows)
+            rings = (read_ahead + 1) * (block + PACK) * (depth + columns) * itemsize + results * depth * columns * out_itemsize
             in_a_run = block * (columns + 3 * SLICE // 2) * itemsize  # right rows without strangers, left rows of a slice transposed
             if rings + depth * columns * 4 + in_a_run + RESERVED > chip.vmem:
                 continue
-            tiling = OuterTiling(sizes, columns, panels, read_ahead, results, adds_beside, cost, chip.vmem - MIB)
+            adds_beside = 0 if chip.depth == 128 else 2
+            tiling = OuterTiling(chip.depth, units, columns, panels, read_ahead, results, adds_beside, chip.vmem - MIB)
             ahead = min(read_ahead, 2 * results - 2) / (tiles * blocks)
             found.append((_with_imbalance(cycles * tiles * (panels // chip.cores) / chip.clock, hbm, ahead), tiling))
     if not found:
@@ -125,7 +125,16 @@ def _outer_tiling(chip: Chip, group_rows: float, depth: int, num_columns: int, i
             f"a weight gradient [{depth}, {num_columns}] of {itemsize}-byte rows does not fit the {chip.vmem // MIB} MiB of vector "
             f"memory of {chip.name}; split its depth or use a narrower dtype."
         )
-    return _least_code(found)
+    best = min(seconds for seconds, _ in found)
+    return min((t for seconds, t in found if seconds <= 1.005 * best), key=lambda t: (t.block_rows, -t.results, -t.read_ahead))
+
+
+def _outer_cycles(unit: int, units: int, cost: BlockCost, group_rows: float) -> tuple[float, float]:
+    """Modelled cycles of a tile and number of blocks of a group, the mean over groups of typical sizes."""
+    rows = [unit * np.ceil(group_rows * factor / unit) for factor in TYPICAL_SIZES]
+    blocks = [np.ceil(count / (unit * units)) for count in rows]
+    cycles = sum(cost.per_row * count + cost.overhead * number for count, number in zip(rows, blocks, strict=True))
+    return cycles / sum(TYPICAL_SIZES), sum(blocks) / len(TYPICAL_SIZES)
 
 
 def _with_imbalance(compute: float, transfers: float, groups_ahead: float) -> float:

@@ -30,14 +30,14 @@ def grouped_matmul(chip: Chip, product: Product, rows: int) -> list[Case]:
     of_chip = chips.CHIPS[chip.name]
     if product.kind == "weight_gradient":
         outer = outer_tiling(of_chip, rows, product.k, product.n, GROUPS, _BYTES, _BYTES)
-        return [_case(product, rows, outer, _call_outer, _outer_program)]
+        return [_case(product, rows, outer, "/".join(str(outer.unit * n) for n in range(1, outer.units + 1)), _call_outer, _outer_program)]
     transposed = product.kind == "input_gradient"
     tiling = product_tiling(of_chip, rows, product.k, product.n, GROUPS, _BYTES, _BYTES, transposed=transposed)
-    return [_case(product, rows, tiling, _call_product, _product_program)]
+    return [_case(product, rows, tiling, "/".join(map(str, tiling.block_rows)), _call_product, _product_program)]
 
 
-def _case(product: Product, rows: int, tiling, call, program) -> Case:  # type: ignore[no-untyped-def]
-    name = f"ours {product.name} {'/'.join(map(str, tiling.block_rows))} x {tiling.columns}"
+def _case(product: Product, rows: int, tiling, blocks: str, call, program) -> Case:  # type: ignore[no-untyped-def]
+    name = f"ours {product.name} {blocks} x {tiling.columns}"
     launch = functools.partial(_launch, functools.partial(call, product, tiling), product)
     return Case(name, launch, product.work(rows), functools.partial(program, product, tiling))
 
@@ -116,50 +116,37 @@ def _product_program(product: Product, tiling: ProductTiling, chip: Chip, compil
 
 
 def _outer_program(product: Product, tiling: OuterTiling, chip: Chip, compilation: Compilation, sizes: np.ndarray) -> Program:
-    """A step per visit. Small sizes have two stretches of products, of which the second adds to the sum of earlier blocks."""
+    """A step per visit: what it waits for, then its run, which starts the copies."""
     loop = grid_loop(compilation.main)
     hot = [region for region in loop.children if region.total.matmuls]
-    kinds = [(rows, alone) for rows in tiling.block_rows for alone in (True, False) if not alone or rows < tiling.adds_beside]
-    if len(hot) != len(kinds):
-        raise ScheduleError(f"{len(hot)} stretches of products for {len(tiling.block_rows)} sizes of blocks:\n{loop.tree()}")
-    before, behind = _conditional(loop)
-    clear_pack = sum(region.total.cycles for branch in before for region in branch.walk() if region.kind == "loop")
-    always = loop.own.cycles + sum(region.total.cycles for region in before) - clear_pack
-    products = dict(zip(kinds, (region.total.cycles for region in hot), strict=True))
-    no_rows = sum(region.total.cycles for region in behind)
+    if len(hot) != len(tiling.runs):
+        raise ScheduleError(f"{len(hot)} stretches of products for {len(tiling.runs)} runs:\n{loop.tree()}")
+    always = loop.own.cycles + sum(region.total.cycles for region in loop.children if not region.total.matmuls)
 
-    panel = product.n // tiling.panels
-    tiles = panel // tiling.columns
+    tiles = product.n // tiling.panels // tiling.columns
     plan = grouped_outer.plan_visits(jnp.asarray(sizes, jnp.int32), int(sizes.sum()), tiles, tiling)
-    num_visits = int(plan.count[0])
-    visits = np.asarray(plan.visits)[:, :num_visits]
+    num_visits, visits = int(plan.count[0]), np.asarray(plan.visits)
+    block = np.cumsum(visits[grouped_outer.READS_LEFT]) - 1
+    tile = np.cumsum(visits[grouped_outer.RUN] > 0) - 1
 
     def steps(part: int) -> Iterator[Step]:
         def reads(visit: int) -> Iterator[Transfer]:
-            if visit < num_visits and visits[grouped_outer.READ, visit]:
-                rows = float(visits[grouped_outer.READ, visit])
-                if visits[grouped_outer.READS_LEFT, visit]:
-                    yield ("left", part, int(visits[grouped_outer.LEFT, visit])), rows * product.k * _BYTES
+            rows = float(visits[grouped_outer.READ, visit])
+            if visits[grouped_outer.READS_LEFT, visit]:
+                yield ("left", part, int(block[visit])), rows * product.k * _BYTES
+            if rows:
                 yield ("right", part, visit), rows * tiling.columns * _BYTES
 
         yield Step(compilation.main.root.own.cycles, issues=tuple(read for visit in range(tiling.read_ahead) for read in reads(visit)))
         for visit in range(num_visits):
-            of = {field: int(visits[field, visit]) for field in grouped_outer.FIELDS}
-            yield Step(issues=tuple(reads(visit + tiling.read_ahead)))
             waits = [name for name, _ in reads(visit)]
-            reused = of[grouped_outer.RESULT] - tiling.results
-            if of[grouped_outer.FIRST] and reused >= 0:
-                waits.append(("result", part, reused))
-            alone = bool(of[grouped_outer.FIRST] and of[grouped_outer.LAST])
-            writes = [(("result", part, of[grouped_outer.RESULT]), float(product.k * tiling.columns * _BYTES))]
-            if of[grouped_outer.ROWS] == 0:
-                yield Step(always + no_rows, tuple(waits), (), tuple(writes))
-                continue
-            alone = alone and of[grouped_outer.ROWS] < tiling.adds_beside
-            packs = (of[grouped_outer.ROWS] // row_blocks.PACK - of[grouped_outer.END] // row_blocks.PACK) * of[grouped_outer.READS_LEFT]
-            cycles = always + clear_pack * packs + products[of[grouped_outer.ROWS], alone]
-            flops = 2.0 * of[grouped_outer.ROWS] * product.k * tiling.columns
-            yield Step(cycles, tuple(waits), (), tuple(writes) if of[grouped_outer.LAST] else (), flops)
+            if visits[grouped_outer.REUSES, visit]:
+                waits.append(("result", part, int(tile[visit]) - tiling.results))
+            index = int(visits[grouped_outer.RUN, visit])
+            run = tiling.runs[index]
+            result = ((("result", part, int(tile[visit])), float(product.k * tiling.columns * _BYTES)),) if run.gives else ()
+            flops = 2.0 * run.units * tiling.unit * product.k * tiling.columns
+            yield Step(always + hot[index].total.cycles, tuple(waits), tuple(reads(visit + tiling.read_ahead)), result, flops)
 
     return _on_cores(chip, tiling.panels, steps)
 
