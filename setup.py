@@ -41,6 +41,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2"],
         "gpu": ["jax[cuda12]>=0.10.2"],
+        "peers": ["tokamax>=0.0.17; python_version >= '3.12'"],  # shown beside our kernels in tools.kernel_report; wants JAX 0.11.1
         "demo": ["rdkit>=2025.9", "pymseed>=1.0"],
         "media": MEDIA,
         "test": [

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-from typing import TypeVar
 
 import numpy as np
 
@@ -34,9 +33,6 @@ OUTER_STEP = 170  # cycles of a visit of a weight gradient besides filling and d
 STEP = 230  # cycles of a step besides its products; read off compiled schedules, as are the numbers below
 TYPICAL_SIZES = (0.4, 0.6, 0.8, 1.0, 1.3, 1.7)  # of groups, in units of their mean
 RESERVED = 3 * MIB  # of vector memory: for what the compiler spills
-
-
-Tiling = TypeVar("Tiling", ProductTiling, OuterTiling)
 
 
 class DoesNotFit(ValueError):
@@ -131,10 +127,9 @@ def _outer_tiling(chip: Chip, group_rows: float, depth: int, num_columns: int, i
 
 def _outer_cycles(unit: int, units: int, cost: BlockCost, group_rows: float) -> tuple[float, float]:
     """Modelled cycles of a tile and number of blocks of a group, the mean over groups of typical sizes."""
-    rows = [unit * np.ceil(group_rows * factor / unit) for factor in TYPICAL_SIZES]
-    blocks = [np.ceil(count / (unit * units)) for count in rows]
-    cycles = sum(cost.per_row * count + cost.overhead * number for count, number in zip(rows, blocks, strict=True))
-    return cycles / sum(TYPICAL_SIZES), sum(blocks) / len(TYPICAL_SIZES)
+    rows = unit * np.ceil(group_rows * np.array(TYPICAL_SIZES) / unit)
+    blocks = np.ceil(rows / (unit * units))
+    return float((cost.per_row * rows + cost.overhead * blocks).sum() / sum(TYPICAL_SIZES)), float(blocks.mean())
 
 
 def _with_imbalance(compute: float, transfers: float, groups_ahead: float) -> float:
@@ -144,7 +139,7 @@ def _with_imbalance(compute: float, transfers: float, groups_ahead: float) -> fl
     return longer + 0.1 * shorter * (shorter / longer) ** 2 / groups_ahead
 
 
-def _least_code(found: list[tuple[float, Tiling]]) -> Tiling:
+def _least_code(found: list[tuple[float, ProductTiling]]) -> ProductTiling:
     """Of the tilings within half a percent of the best the one with the least code."""
     best = min(seconds for seconds, _ in found)
     return min((t for seconds, t in found if seconds <= 1.005 * best), key=lambda t: (sum(t.block_rows), -t.results, -t.read_ahead))

@@ -5,9 +5,10 @@
     python -m tools.kernel_report --kernel plain                      # plain matrix products, whose work is known
     python -m tools.kernel_report --output kernel_report              # also report.md, report.json and report.png there
 
-Needs libtpu (extra `tpu`); tokamax's kernels are shown if it is installed. Nothing is run on a chip: cycles are those of the
-compiler's static schedule, bytes those of the kernel's own order of transfers, and time is a simulation of both
-(`tools/kernels/simulate.py`). Exits with 1 if a kernel of this project does not compile, 2 if nothing can be compiled here.
+Needs libtpu (extra `tpu`); tokamax's kernels are shown if it is installed (extra `peers`). Nothing is run on a chip: cycles are
+those of the compiler's static schedule, bytes those of the kernel's own order of transfers, and time is a simulation of both
+(`tools/kernels/simulate.py`), whose parts add up (`tools/kernels/parts.py`). Exits with 1 if a kernel of this project does not
+compile, 2 if nothing can be compiled here.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         (arguments.output / "report.md").write_text(text)
         (arguments.output / "report.json").write_text(table.as_json(report, sums, assumptions))
         if sums:
-            picture.draw(sums, arguments.output / "report.png")
+            picture.draw(sums, [registry.OURS, table.BEST_PEER], arguments.output / "report.png")
     peers = set(registry.GROUPED) - {registry.OURS}
     return int(any(record.error and record.kernel not in peers for record in report.compiled))
 

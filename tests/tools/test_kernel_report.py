@@ -1,5 +1,6 @@
 """The report on kernels: reading static schedules, simulating transfers and compute, counting work, and the command itself."""
 
+import dataclasses
 import importlib.util
 import json
 import subprocess
@@ -13,6 +14,7 @@ from tools.kernels import peers
 from tools.kernels.cases import Case, Work
 from tools.kernels.chips import CHIPS
 from tools.kernels.compile import Compilation, CompileError, Launch, scoped_vmem
+from tools.kernels.parts import Parts, divide
 from tools.kernels.pipeline import Visit, pipelined
 from tools.kernels.products import PRODUCTS, SIZES, group_sizes
 from tools.kernels.report import Report, Runner, Sum
@@ -231,6 +233,41 @@ def test_rooflines():
     assert few.roofline(chip, Memory(efficiency=0.5)) == pytest.approx(2 * few.roofline(chip, Memory()))
 
 
+def test_least_operations_are_whole_packs_and_whole_contractions():
+    chip, sizes = CHIPS["v6e"], np.array([0, 1, 16, 17, 256, 257])
+    assert PRODUCTS["up_fwd"].least_flops(chip, sizes) == 2 * (0 + 16 + 16 + 32 + 256 + 272) * 4096 * 3072
+    assert PRODUCTS["up_drhs"].least_flops(chip, sizes) == 2 * (0 + 256 + 256 + 256 + 256 + 512) * 4096 * 3072
+
+
+@pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
+@pytest.mark.parametrize("seed", range(5))
+def test_parts_of_a_time_add_up_to_it(chip, seed):
+    peak = chip.flops["bfloat16"]
+    of_core = peak / chip.cores / chip.clock  # operations of a cycle at full use
+    rng = np.random.default_rng(seed)
+    cores = tuple(
+        [dataclasses.replace(step, flops=rng.random() * step.compute_cycles * of_core) for step in random_steps(rng)]
+        for _ in range(chip.cores)
+    )
+    program = Program(cores)
+    outcome, work = simulate(program, chip, Memory()), Work(program.flops / 2, 1.0)
+    parts = divide(program, outcome, work, program.flops / 1.5, chip)
+    assert sum(parts) == pytest.approx(outcome.time)
+    assert min(parts.useful, parts.granularity, parts.overhead) > 0 and parts.waiting == outcome.stalls
+    assert parts.useful == pytest.approx(work.flops / peak) and parts.granularity == pytest.approx(parts.useful / 3)
+    if chip.cores == 1:
+        assert parts.padding == pytest.approx(program.flops / 3 / peak)
+
+
+@pytest.mark.parametrize(
+    ("flops", "message"), [(9.0, "9 operations are modelled, but 10 are needed"), (1e15, "its products take 1.08932 s at full use")]
+)
+def test_a_program_that_does_too_little_is_an_error(flops, message):
+    program = Program(([Step(1.0, flops=flops)],))
+    with pytest.raises(ProgramError, match=message):
+        divide(program, simulate(program, CHIP, Memory()), Work(8.0, 1.0), 10.0, CHIP)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_fixed_tiles_visit_every_group_of_every_tile_once(seed):
     sizes = np.random.default_rng(seed).multinomial(1000, [0.0, 0.4, 0.01, 0.19, 0.0, 0.4])
@@ -301,8 +338,8 @@ def test_the_best_case_counts_and_what_fails_is_kept(schedule):
     assert report.sums(["up_fwd", "up_drhs"], {"mine": ["mine"]})[0].missing == ("up_drhs",)
 
 
-def total(time, rows=32768, missing=()):
-    return Sum("v6e", rows, "rnd", "best peers", 1.0, time, 1.0, 1.0, missing)
+def total(time, rows=32768, missing=(), least=1.05):
+    return Sum("v6e", rows, "rnd", "best peers", 1.0, least, time, 1.0, 1.0, Parts(useful=time), missing)
 
 
 @pytest.mark.parametrize(
@@ -310,6 +347,7 @@ def total(time, rows=32768, missing=()):
     [
         (total(1.07), total(1.2), "1.08 met, faster than best peers"),
         (total(1.10), total(1.05), "1.08 MISSED, NOT FASTER than best peers"),
+        (total(1.10, least=1.09), total(1.11), "1.08 out of reach, faster than best peers"),
         (total(1.10, rows=8192), None, "1.15 met"),
         (total(1.0, missing=("up_fwd",)), None, "-"),
         (None, total(1.0), "-"),

@@ -20,9 +20,10 @@ class Work:
     bytes: float
     dtype: str = "bfloat16"
 
-    def roofline(self, chip: Chip, memory: Memory) -> float:
-        """Seconds at full use of the matrix units or of the HBM bandwidth that is assumed, whichever takes longer."""
-        return max(self.flops / chip.flops[self.dtype], self.memory_seconds(chip, memory))
+    def roofline(self, chip: Chip, memory: Memory, flops: float | None = None) -> float:
+        """Seconds at full use of the matrix units or of the HBM bandwidth that is assumed, whichever takes longer. `flops`, if given,
+        are done instead of those of the work."""
+        return max((self.flops if flops is None else flops) / chip.flops[self.dtype], self.memory_seconds(chip, memory))
 
     def bound(self, chip: Chip, memory: Memory) -> str:
         return "MXU" if self.flops / chip.flops[self.dtype] > self.memory_seconds(chip, memory) else "HBM"
@@ -39,9 +40,12 @@ class Case:
       name: names what is compiled; cases of the same name and chip share one compilation.
       launch: the function and its arguments' shapes for a chip; raises `CompileError` with the reason if it has none.
       program: its steps for concrete group sizes, from its schedule; None for a kernel that is only compiled.
+      least_flops: operations that no kernel for the same result can avoid at concrete group sizes, since matrix units take rows and
+        contract in whole packs and tiles; None if they are those of the work.
     """
 
     name: str
     launch: Callable[[Chip], Launch]
     work: Work
     program: Callable[[Chip, Compilation, np.ndarray], Program] | None = None
+    least_flops: Callable[[Chip, np.ndarray], float] | None = None

@@ -12,6 +12,7 @@ class Chip:
     Attributes:
       topology: smallest topology's name, for ahead-of-time compilation.
       clock: cycles per second.
+      depth: rows and columns of a stationary tile of a matrix unit; a contraction costs whole multiples of it.
       cores: TensorCores of a device; a kernel's parallel grid dimension is divided among them, and so is the HBM bandwidth.
       flops: peak floating-point operations per second by dtype of the operands.
       hbm: peak bytes per second to and from HBM.
@@ -21,6 +22,7 @@ class Chip:
     name: str
     topology: str
     clock: float
+    depth: int
     cores: int
     flops: dict[str, float]
     hbm: float
@@ -32,8 +34,8 @@ class Chip:
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v5p", "v5p:2x2x1", 1.75e9, 2, {"bfloat16": 459e12, "float8_e4m3fn": 459e12}, 2765e9, 64 << 20),
-        Chip("v6e", "v6e:2x2", 1.75e9, 1, {"bfloat16": 918e12, "float8_e4m3fn": 918e12}, 1640e9, 128 << 20),
-        Chip("tpu7x", "tpu7x:2x2x1", 2.2e9, 1, {"bfloat16": 1153.5e12, "float8_e4m3fn": 2307e12}, 3690e9, 64 << 20),
+        Chip("v5p", "v5p:2x2x1", 1.75e9, 128, 2, {"bfloat16": 459e12, "float8_e4m3fn": 459e12}, 2765e9, 64 << 20),
+        Chip("v6e", "v6e:2x2", 1.75e9, 256, 1, {"bfloat16": 918e12, "float8_e4m3fn": 918e12}, 1640e9, 128 << 20),
+        Chip("tpu7x", "tpu7x:2x2x1", 2.2e9, 256, 1, {"bfloat16": 1153.5e12, "float8_e4m3fn": 2307e12}, 3690e9, 64 << 20),
     )
 }

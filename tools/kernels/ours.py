@@ -39,7 +39,7 @@ def grouped_matmul(chip: Chip, product: Product, rows: int) -> list[Case]:
 def _case(product: Product, rows: int, tiling, blocks: str, call, program) -> Case:  # type: ignore[no-untyped-def]
     name = f"ours {product.name} {blocks} x {tiling.columns}"
     launch = functools.partial(_launch, functools.partial(call, product, tiling), product)
-    return Case(name, launch, product.work(rows), functools.partial(program, product, tiling))
+    return Case(name, launch, product.work(rows), functools.partial(program, product, tiling), product.least_flops)
 
 
 def _launch(call, product: Product, chip: Chip) -> Launch:  # type: ignore[no-untyped-def]

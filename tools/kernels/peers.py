@@ -62,6 +62,7 @@ def tokamax_v2(chip: Chip, product: Product, rows: int) -> list[Case]:
             functools.partial(_launch, functools.partial(_call_tokamax_v2, tiling=tiling), product, scoped_vmem=False),
             product.work(rows),
             functools.partial(_bucketed_program, product),
+            product.least_flops,
         )
         for tiling in tilings
     ]
@@ -152,6 +153,7 @@ def _fixed_tiles(name: str, call, product: Product, rows: int, tiling: Tiling) -
         functools.partial(_launch, functools.partial(call, tiling=tiling), product, scoped_vmem=True),
         product.work(rows),
         functools.partial(_fixed_program, product, tiling),
+        product.least_flops,
     )
 
 

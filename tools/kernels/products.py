@@ -7,8 +7,10 @@ import dataclasses
 import numpy as np
 
 from tools.kernels.cases import Work
+from tools.kernels.chips import Chip
 
 GROUPS = 64
+PACK = 16  # rows of bfloat16 that a matrix unit takes at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +26,11 @@ class Product:
     def work(self, rows: int) -> Work:
         """In bfloat16: rows in, rows out (or in), and one matrix per group."""
         return Work(2.0 * rows * self.k * self.n, 2.0 * (rows * (self.k + self.n) + GROUPS * self.k * self.n))
+
+    def least_flops(self, chip: Chip, sizes: np.ndarray) -> float:
+        """Operations that no kernel can avoid: each group's rows are streamed in whole packs, or contracted in whole tiles."""
+        granule = chip.depth if self.kind == "weight_gradient" else PACK
+        return 2.0 * float((-(-sizes // granule) * granule).sum()) * self.k * self.n
 
 
 # The up projection holds gate and up side by side: 4096 -> 2 x 1536.

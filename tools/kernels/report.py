@@ -11,6 +11,7 @@ import numpy as np
 from tools.kernels.cases import Case
 from tools.kernels.chips import Chip
 from tools.kernels.compile import Compilation, CompileError, Compiler
+from tools.kernels.parts import Parts, divide
 from tools.kernels.peers import Contender
 from tools.kernels.products import Product, group_sizes
 from tools.kernels.schedule import ScheduleError
@@ -55,7 +56,8 @@ class Modelled:
       sizes: how the rows are divided into groups; empty for a kernel without groups.
       bytes: to and from HBM.
       flops: floating-point operations of the matrix units, of which `needed` are those of the rows that exist.
-      compute, stalls: of the core that ends last; `queue` is how long its transfers take.
+      least_time: of any kernel for the same result, given the matrix units' granularity.
+      parts: of the time, of the core that ends last; `queue` is how long its transfers take.
     """
 
     chip: str
@@ -69,10 +71,10 @@ class Modelled:
     needed: float
     roofline: float
     bound: str
+    least_time: float
     time: float
-    compute: float
-    stalls: float
     queue: float
+    parts: Parts
 
     @property
     def ratio(self) -> float:
@@ -92,14 +94,20 @@ class Sum:
     sizes: str
     kernel: str
     roofline: float
+    least_time: float
     time: float
     flops: float
     needed: float
+    parts: Parts
     missing: tuple[str, ...]
 
     @property
     def ratio(self) -> float:
         return self.time / self.roofline
+
+    @property
+    def least_ratio(self) -> float:
+        return self.least_time / self.roofline
 
     @property
     def work(self) -> float:
@@ -140,9 +148,11 @@ def _sum(cell: tuple[str, int, str], name: str, members: Sequence[str], products
         *cell,
         name,
         roofline=sum(record.roofline for record in fastest.values()),
+        least_time=sum(record.least_time for record in fastest.values()),
         time=sum(record.time for record in fastest.values()),
         flops=sum(record.flops for record in fastest.values()),
         needed=sum(record.needed for record in fastest.values()),
+        parts=Parts(*map(sum, zip(*(record.parts for record in fastest.values()), strict=True))) if fastest else Parts(),
         missing=tuple(product for product in products if product not in fastest),
     )
 
@@ -154,6 +164,7 @@ class Runner:
         self.report = Report()
         self._compiler, self._memory, self._say = compiler, memory, say
         self._known: dict[tuple[str, str], Compilation | None] = {}
+        self._started = time.monotonic()
 
     def grouped(
         self,
@@ -190,6 +201,8 @@ class Runner:
         try:
             program = case.program(chip, compilation, sizes)
             outcome = simulate(program, chip, self._memory)
+            least_flops = case.work.flops if case.least_flops is None else case.least_flops(chip, sizes)
+            parts = divide(program, outcome, case.work, least_flops, chip)
         except (ScheduleError, ProgramError) as error:
             self._say(f"{chip.name} {case.name}: not modelled: {error}")
             self.report.compiled.append(Compiled(chip.name, kernel, case.name, error=f"compiled, but not modelled: {error}"))
@@ -197,8 +210,9 @@ class Runner:
             return
         roofline, bound = case.work.roofline(chip, self._memory), case.work.bound(chip, self._memory)
         moved = (program.bytes, program.flops, case.work.flops)
-        times = (outcome.time, outcome.compute, outcome.stalls, outcome.queue)
-        self.report.modelled.append(Modelled(chip.name, kernel, *cell, case.name, *moved, roofline, bound, *times))
+        least_time = case.work.roofline(chip, self._memory, least_flops)
+        times = (least_time, outcome.time, outcome.queue)
+        self.report.modelled.append(Modelled(chip.name, kernel, *cell, case.name, *moved, roofline, bound, *times, parts))
 
     def _compiled(self, chip: Chip, kernel: str, case: Case, total: int) -> Compilation | None:
         key = (chip.name, case.name)
@@ -213,7 +227,8 @@ class Runner:
         self._known[key] = compilation
         self.report.compiled.append(record)
         result = record.error or f"{max((hot.matrix_use for hot in record.hot), default=0):.3f} matrix use, {record.bundles} bundles"
-        self._say(f"[{len(self._known)}/{total}] {chip.name} {case.name}: {result}, {record.seconds:.1f} s")
+        minutes = (time.monotonic() - self._started) / 60
+        self._say(f"[{len(self._known)}/{total}, {minutes:.0f} min] {chip.name} {case.name}: {result}, {record.seconds:.1f} s")
         return compilation
 
 

@@ -78,12 +78,14 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """Seconds of a simulated program, of its slowest core: in all, computing, waiting for transfers; and the queue's busy time."""
+    """A simulated program, of its slowest core: seconds in all, computing and waiting for transfers, of which the first is the sum;
+    seconds that the queue is busy; and the matrix units' operations."""
 
     time: float
     compute: float
     stalls: float
     queue: float
+    flops: float
 
 
 def simulate(program: Program, chip: Chip, memory: Memory) -> Outcome:
@@ -94,7 +96,7 @@ def simulate(program: Program, chip: Chip, memory: Memory) -> Outcome:
 def _run(steps: Iterable[Step], chip: Chip, memory: Memory) -> Outcome:
     bandwidth = memory.bandwidth(chip)
     arrival: dict[Hashable, float] = {}
-    now = queue_free = compute = stalls = queue = 0.0
+    now = queue_free = compute = stalls = queue = flops = 0.0
 
     def enqueue(transfers: tuple[Transfer, ...]) -> None:
         nonlocal queue_free, queue
@@ -115,7 +117,7 @@ def _run(steps: Iterable[Step], chip: Chip, memory: Memory) -> Outcome:
         now = ready
         enqueue(step.issues)
         seconds = step.compute_cycles / chip.clock
-        now, compute = now + seconds, compute + seconds
+        now, compute, flops = now + seconds, compute + seconds, flops + step.flops
         enqueue(step.writes)
     end = max(now, queue_free)
-    return Outcome(end, compute, stalls + end - now, queue)
+    return Outcome(end, compute, stalls + end - now, queue, flops)
