@@ -24,13 +24,14 @@ _DATACLASSES = (
     config.TimeSeriesConfig,
     config.FopeConfig,
     config.RouterConfig,
+    sharding.MeshConfig,
     packing.RowSize,
     pipeline.PipelineConfig,
     sampling.Sampling,
     optimizer.OptimizerConfig,
     LoopConfig,
 )
-_FUNCTIONS = (sharding.make_mesh, schedule.warmup_stable_decay, schedule.constant, train, PreparedCorpus)
+_FUNCTIONS = (schedule.warmup_stable_decay, schedule.constant, train, PreparedCorpus)
 
 
 def register() -> None:
@@ -55,27 +56,30 @@ def _as_function(target: Callable[..., Any]) -> Callable[..., Any]:
 
 @gin.configurable
 def platform(
+    compile_only: bool = False,
     emulated_cpu_devices: int | None = None,
     xla_flags: Sequence[str] = (),
-    libtpu_flags: Sequence[str] = (),
     distributed: bool = False,
 ) -> None:
     """Prepares the backend; must run before JAX looks for devices.
 
     Args:
+      compile_only: nothing will run; a CPU is enough, whatever the hardware of the recipe.
       emulated_cpu_devices: run on this many emulated CPU devices instead of the accelerators present.
-      xla_flags: added to XLA_FLAGS; libtpu_flags: added to LIBTPU_INIT_ARGS.
+      xla_flags: added to XLA_FLAGS. Options of the compiler belong to the step (`train.compiler_options`).
       distributed: this process is one of several, which find each other through their cluster (TPU slices, SLURM, MPI, Kubernetes).
 
     Raises:
       ConfigError: `distributed`, but the cluster is none that JAX knows.
     """
+    if compile_only:
+        jax.config.update("jax_platforms", "cpu")
+        return
     if emulated_cpu_devices is not None:
         xla_flags = (*xla_flags, f"--xla_force_host_platform_device_count={emulated_cpu_devices}")
         jax.config.update("jax_platforms", "cpu")
-    for variable, added in (("XLA_FLAGS", xla_flags), ("LIBTPU_INIT_ARGS", libtpu_flags)):
-        if added:
-            os.environ[variable] = " ".join([os.environ.get(variable, ""), *added]).strip()
+    if xla_flags:
+        os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *xla_flags]).strip()
     if distributed:
         try:
             jax.distributed.initialize()

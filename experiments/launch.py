@@ -1,5 +1,7 @@
 """Runs a recipe: `python -m experiments.launch --gin_file configs/recipes/X.gin [--gin_param "a.b = 1"] [--workdir DIR]`.
 
+With `--compile_only` it compiles the step for the hardware of the recipe's mesh, which need not be there, and reports what it needs.
+
 A recipe binds `launch.experiment` to one of the experiments of this folder, and their parameters. A binding that names nothing
 is an error, so that a misspelt parameter never trains with a default.
 """
@@ -23,14 +25,15 @@ from interns1pro_jax.train.recorder import NonFiniteError
 _GIN_FILE = flags.DEFINE_multi_string("gin_file", [], "Recipe to run; several are read one after the other.")
 _GIN_PARAM = flags.DEFINE_multi_string("gin_param", [], "Binding that overrides the recipe, for example 'train.steps = 10'.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and the report go; default runs/<name of the recipe>.")
+_COMPILE_ONLY = flags.DEFINE_bool("compile_only", False, "Compile the step for the recipe's hardware and report what it needs.")
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @gin.configurable
-def launch(workdir: Path, experiment: Callable[[Path], None] = gin.REQUIRED) -> None:
-    """Runs the experiment that the recipe names."""
-    experiment(workdir)
+def launch(workdir: Path, compile_only: bool = False, experiment: Callable[..., None] = gin.REQUIRED) -> None:
+    """Runs the experiment that the recipe names, or only compiles its step."""
+    experiment(workdir, compile_only=compile_only)
 
 
 def main(argv: list[str]) -> None:
@@ -43,7 +46,7 @@ def main(argv: list[str]) -> None:
     bindings.register()
     gin.add_config_file_search_path(str(ROOT))
     parse(_GIN_FILE.value, _GIN_PARAM.value)
-    run(Path(_WORKDIR.value or Path("runs") / Path(_GIN_FILE.value[0]).stem))
+    run(Path(_WORKDIR.value or Path("runs") / Path(_GIN_FILE.value[0]).stem), _COMPILE_ONLY.value)
 
 
 def parse(files: Sequence[str], params: Sequence[str]) -> None:
@@ -58,12 +61,12 @@ def parse(files: Sequence[str], params: Sequence[str]) -> None:
         sys.exit(f"error in the recipe: {error}")
 
 
-def run(workdir: Path) -> None:
+def run(workdir: Path, compile_only: bool = False) -> None:
     """Runs what was parsed; ends the process with one line where the configuration, the data or the disk is at fault."""
     try:
-        bindings.platform()
+        bindings.platform(compile_only=compile_only)
         check_writable(workdir)
-        launch(workdir)
+        launch(workdir, compile_only)
     except (ConfigError, CheckpointError, DataError, NonFiniteError) as error:
         sys.exit(f"error: {error}")
 

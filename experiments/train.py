@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import gin
@@ -15,9 +16,9 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 from rich.console import Console
 
+from experiments.compile_only import compile_step, write
 from interns1pro_jax import sharding
 from interns1pro_jax.checkpoint.manager import CheckpointManager
 from interns1pro_jax.config import ConfigError, ModelConfig
@@ -33,6 +34,7 @@ from interns1pro_jax.infer.sampling import GREEDY, Sampling
 from interns1pro_jax.models.inputs import Batch
 from interns1pro_jax.models.interns1pro import InternS1Pro, create_model
 from interns1pro_jax.optim.optimizer import OptimizerConfig, make_optimizer
+from interns1pro_jax.sharding import MeshConfig
 from interns1pro_jax.tokenizer import base
 from interns1pro_jax.train.feed import place_batch
 from interns1pro_jax.train.loop import LoopConfig, default_writers
@@ -68,23 +70,26 @@ def train(
     workdir: Path,
     *,
     model: ModelConfig,
-    mesh: Mesh,
+    mesh: MeshConfig,
     corpus: PreparedCorpus,
     optimizer: OptimizerConfig,
     schedule: optax.Schedule,
     loop: LoopConfig,
     remat: str = "full",
+    compiler_options: Mapping[str, str] = MappingProxyType({}),
     seed: int = 0,
     keep_checkpoints: int = 2,
     sampling: Sampling = GREEDY,
     sample_tokens: int = 40,
     title: str = "Training run",
+    compile_only: bool = False,
 ) -> None:
     """Trains `model` on `corpus`, evaluates it on held-out documents and writes `report.md` to `workdir`.
 
     The model's vocabulary and placeholder ids are those of the corpus's tokenizer. A run that was stopped or killed goes on from
     its last checkpoint when it is started again with the same workdir. All that the report needs of the data is made before
-    training begins.
+    training begins. With `compile_only` it compiles the step for the mesh's topology instead, for which it needs neither data nor
+    TPU, and writes what it needs (`experiments.compile_only`).
 
     Raises:
       ConfigError: the model and the data do not fit together: vocabulary, or no tower for a medium of the data.
@@ -92,6 +97,19 @@ def train(
       CheckpointError: the workdir holds the checkpoints of another run, or cannot be written.
       NonFiniteError: see `LoopConfig.skip_nonfinite`.
     """
+    if compile_only:
+        needs = compile_step(
+            model=model,
+            mesh=mesh,
+            pipeline=corpus.pipeline,
+            optimizer=optimizer,
+            schedule=schedule,
+            remat=remat,
+            compiler_options=compiler_options,
+            title=title,
+        )
+        write(needs, workdir, Console())
+        return
     console = Console(quiet=jax.process_index() != 0)
     prepared = PreparedData.open(corpus.directory)
     tokenizer = prepared.tokenizer()
@@ -112,12 +130,14 @@ def train(
     with_media = DocumentList([source[index] for index, size in held_out.sizes.items() if not size.text_only])
     ablations = {medium: found for medium in MEDIA if (found := ablation(with_media, encoder, model, corpus.pipeline, medium))}
 
-    with jax.set_mesh(mesh):
+    devices = mesh.make()
+    with jax.set_mesh(devices):
         optim = make_optimizer(optimizer, schedule)
         network = create_model(model, seed)
         graphdef, state = init_state(network, optim)
         parameters = sum(x.size for x in jax.tree.leaves(state.params))
-        console.print(f"{parameters:,} parameters on the mesh {dict(mesh.shape)}; unigram loss of the held-out text {unigram:.3f}")
+        console.print(f"{parameters:,} parameters on the mesh {dict(devices.shape)}; unigram loss of the held-out text {unigram:.3f}")
+        options = compiler_options if jax.default_backend() == "tpu" else None
         evaluate_batch = make_eval_step(graphdef)
 
         def mean_loss(state: TrainState, batches: Iterable[Batch]) -> float:
@@ -136,7 +156,7 @@ def train(
         with CheckpointManager(workdir / "checkpoints", identity, keep_last=keep_checkpoints) as checkpoints:
             state = train_loop(
                 state,
-                make_train_step(graphdef, model.text, optim, remat=remat),
+                make_train_step(graphdef, model.text, optim, remat=remat, compiler_options=options),
                 training,
                 loop,
                 workdir=workdir,
@@ -165,7 +185,7 @@ def train(
                 workdir,
                 ReportData(
                     title=title,
-                    facts={"parameters": f"{parameters:,}", "mesh": json.dumps(dict(mesh.shape)), "data": prepared.fingerprint},
+                    facts={"parameters": f"{parameters:,}", "mesh": json.dumps(dict(devices.shape)), "data": prepared.fingerprint},
                     held_out=on_held_out,
                     captions=captions,
                     samples=samples,

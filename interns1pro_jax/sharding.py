@@ -14,6 +14,7 @@ tracing. The same code runs on one device (all axes of size 1) and on a pod; the
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -47,6 +48,37 @@ def spec(*dims: str | None) -> PartitionSpec:
     if unknown:
         raise ConfigError(f"unknown logical dimensions {unknown}; RULES has {sorted(RULES)}.")
     return PartitionSpec(*(RULES[d] if d is not None else None for d in dims))
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh axes, and the hardware they are meant for.
+
+    Attributes:
+      topology: the TPU slice by the name that libtpu has for it: `v5p:8x8x8` (a device is a chip), `v6e:16x16`, `tpu7x:4x8x8` (a
+        chip is two devices). Runs use whatever devices there are; `train.aot` compiles for this one. None: no TPU.
+      slices: slices of that topology, joined by the data-centre network along `data`.
+    """
+
+    data: int = 1
+    fsdp: int = 1
+    context: int = 1
+    expert: int = 1
+    topology: str | None = None
+    slices: int = 1
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {axis: getattr(self, axis) for axis in AXES}
+
+    @property
+    def size(self) -> int:
+        """Devices of the mesh."""
+        return math.prod(self.sizes.values())
+
+    def make(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
+        """`make_mesh` of these sizes."""
+        return make_mesh(**self.sizes, devices=devices)
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, context: int = 1, expert: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -35,6 +35,18 @@ def place_batch(batch: Any) -> Any:
     return jax.tree.map(put, batch)
 
 
+def abstract_batch(row: Any, rows: int) -> Any:
+    """What `place_batch` makes of a batch of `rows` rows that are all like `row`, a batch of one row: shapes, dtypes, shardings."""
+    mesh = jax.sharding.get_mesh()
+
+    def leaf(x: np.ndarray) -> jax.ShapeDtypeStruct:
+        shape, dims = (rows * x.shape[0], *x.shape[1:]), ("batch", *(None,) * (x.ndim - 1))
+        sharding.check_divisible("batch array", shape, dims)
+        return jax.ShapeDtypeStruct(shape, x.dtype, sharding=jax.NamedSharding(mesh, sharding.spec(*dims)))
+
+    return jax.tree.map(leaf, row)
+
+
 class Feed:
     """Iterates over (step, batch on the host, batch on the mesh) in order, up to `depth` batches ahead.
 

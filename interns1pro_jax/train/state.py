@@ -12,6 +12,8 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Int, UInt
 
+from interns1pro_jax.config import ModelConfig
+from interns1pro_jax.models.interns1pro import InternS1Pro
 from interns1pro_jax.optim.optimizer import Optimizer
 
 
@@ -49,6 +51,19 @@ def init_state(model: nnx.Module, optimizer: Optimizer) -> tuple[nnx.GraphDef, T
         tokens_seen=jnp.zeros((2,), jnp.uint32),
         skipped=jnp.zeros((), jnp.int32),
     )
+
+
+def abstract_init(config: ModelConfig, optimizer: Optimizer) -> tuple[nnx.GraphDef, TrainState]:
+    """`init_state` of a new model as shapes, dtypes and shardings on the mesh in force: nothing is allocated."""
+    graphs = []
+
+    def initial() -> TrainState:
+        graphdef, state = init_state(InternS1Pro(config, rngs=nnx.Rngs(0)), optimizer)
+        graphs.append(graphdef)
+        return state
+
+    state = jax.eval_shape(initial)
+    return graphs[0], abstract_state(state)
 
 
 def add_tokens(tokens_seen: UInt[Array, " words"], tokens: Array) -> UInt[Array, " words"]:

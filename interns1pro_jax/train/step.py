@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -68,9 +68,18 @@ def router_terms(config: TextConfig, stats: RouterStats) -> tuple[Float[Array, "
 
 
 def make_train_step(
-    graphdef: nnx.GraphDef, config: TextConfig, optimizer: Optimizer, *, remat: str = "none"
+    graphdef: nnx.GraphDef,
+    config: TextConfig,
+    optimizer: Optimizer,
+    *,
+    remat: str = "none",
+    compiler_options: Mapping[str, str] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The jitted step `(state, batch) -> (state, metrics)`; the state given is consumed (its buffers are reused).
+
+    Args:
+      remat: what the backward keeps of a block (`layers.decoder.REMAT`).
+      compiler_options: of XLA, as its flags are named without dashes; a backend refuses those that are not its own.
 
     Metrics are those of `loss_function`, and `grad_norm` (before clipping), `learning_rate`, `finite` (whether the update was
     applied), and `router/unselected_grad` per MoE layer: the norm of the straight-through gradient on the logits of experts
@@ -110,7 +119,7 @@ def make_train_step(
             metrics,
         )
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, compiler_options=dict(compiler_options or {}))
 
 
 def make_eval_step(graphdef: nnx.GraphDef) -> Callable[[TrainState, Batch], tuple[Float[Array, ""], Int[Array, ""]]]:

@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from interns1pro_jax.config import ConfigError
-from interns1pro_jax.train import aot
+from interns1pro_jax.train import aot, hlo
 
 pytestmark = pytest.mark.skipif(not aot.can_compile(), reason="compiling for TPUs needs libtpu (Linux on x86-64)")
 
@@ -49,7 +49,7 @@ def test_collectives_have_their_kind_size_axes_and_name(mesh, axes):
     large = {c.kind: c for c in program.collectives if c.bytes >= BYTES}
     assert set(large) == set(COLLECTIVES) and len([c for c in program.collectives if c.bytes >= BYTES]) == len(COLLECTIVES)
     for kind, (_, gathers) in COLLECTIVES.items():
-        assert large[kind].axes == axes and not large[kind].looped, kind
+        assert large[kind].axes == axes and large[kind].times == 1, kind
         assert large[kind].bytes == BYTES * 2 ** (gathers * len(axes)), kind
         assert f"the_{kind}" in large[kind].scope, kind
 
@@ -60,7 +60,7 @@ def test_what_a_loop_repeats_is_told_from_what_happens_once(mesh):
         return jax.lax.psum(x, "expert")
 
     found = compiled(mesh, function).collectives
-    assert sorted((c.kind, c.axes, c.looped) for c in found) == [("all-reduce", ("expert",), False), ("all-reduce", ("fsdp",), True)]
+    assert sorted((c.kind, c.axes, c.times) for c in found) == [("all-reduce", ("expert",), 1), ("all-reduce", ("fsdp",), 3)]
 
 
 def test_groups_that_belong_to_no_axes_are_told(mesh):
@@ -99,12 +99,12 @@ def test_the_compilers_warnings_are_kept():
     ids=str,
 )
 def test_replica_groups_are_read_in_every_notation(written, groups):
-    assert aot.replica_groups(f", channel_id=1, replica_groups={written}, use_global_device_ids=true", devices=4) == groups
+    assert hlo.replica_groups(f", channel_id=1, replica_groups={written}, use_global_device_ids=true", devices=4) == groups
 
 
 def test_an_unknown_notation_is_an_error():
     with pytest.raises(ValueError, match="replica groups of an unknown form"):
-        aot.replica_groups("replica_groups=something", devices=4)
+        hlo.replica_groups("replica_groups=something", devices=4)
 
 
 @pytest.mark.parametrize(

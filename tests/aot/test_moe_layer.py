@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding
 
 from interns1pro_jax import sharding
 from interns1pro_jax.config import ModelConfig
+from interns1pro_jax.flops import HARDWARE
 from interns1pro_jax.layers.decoder import REMAT
 from interns1pro_jax.layers.moe import Moe
 from interns1pro_jax.train import aot
@@ -91,5 +92,5 @@ def test_nothing_scatters_activations(compiled):
 
 def test_memory_and_warnings(compiled):
     chip, program = compiled
-    assert program.hbm < aot.HBM[chip]
+    assert program.hbm < HARDWARE[chip].hbm
     assert "nvoluntary" not in program.warnings

@@ -60,7 +60,7 @@ def test_absent_data_ends_a_run_with_one_line(tmp_path):
 
 
 def test_an_impossible_mesh_ends_a_run_with_one_line(tmp_path):
-    launch.parse([str(launch.ROOT / "configs/recipes/demo.gin")], ["make_mesh.expert = 16"])
+    launch.parse([str(launch.ROOT / "configs/recipes/demo.gin")], ["MeshConfig.expert = 16"])
     with pytest.raises(SystemExit, match=r"^error: the mesh data=1 x fsdp=1 x context=1 x expert=16 needs 16 devices, but 8 are"):
         launch.run(tmp_path)
 

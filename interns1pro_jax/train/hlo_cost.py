@@ -1,0 +1,115 @@
+"""What a compiled program computes and moves in one step: bodies of loops count as often as they run."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import numpy as np
+
+from interns1pro_jax.train.hlo import Computation, Instruction, Program, bytes_of, control_flow, executions, shape_of
+
+_KERNEL = re.compile(r'"cost_estimate":\{"flops":"(\d+)".*?"bytes_accessed":"(\d+)"')
+_LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
+_WINDOW = re.compile(r"window=\{([^}]*)\}")
+_CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
+# They move nothing, or what they move is counted where it is computed.
+_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all", "partition-id"}
+
+
+def kernel_cost(instruction: Instruction) -> tuple[int, int] | None:
+    """FLOPs and bytes of a Pallas kernel by its own estimate; None for other instructions."""
+    found = _KERNEL.search(instruction.attributes) if instruction.opcode == "custom-call" else None
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def product_flops(program: Program) -> tuple[float, float]:
+    """FLOPs of one step in products of matrices, and in Pallas kernels. Element-wise work is not counted."""
+    times = executions(program)
+    products = kernels = 0.0
+    for name, instructions in program.items():
+        for instruction in instructions.values():
+            if instruction.opcode in ("convolution", "dot"):
+                products += times[name] * _product(instruction, instructions)
+            elif cost := kernel_cost(instruction):
+                kernels += times[name] * cost[0]
+    return products, kernels
+
+
+def _product(instruction: Instruction, siblings: Computation) -> int:
+    """FLOPs of a product. On TPUs one is a convolution whose spatial dimensions may be those of a batch, padded and dilated so that
+    every output has one tap that is not padding: only such taps count."""
+    output = shape_of(instruction.type)
+    lhs, rhs = (shape_of(siblings[name].type) for name in instruction.operands[:2])
+    if instruction.opcode == "dot":
+        found = _CONTRACTED.search(instruction.attributes)
+        return 2 * math.prod(output) * math.prod(lhs[int(dim)] for dim in (found[1] if found else "").split(",") if dim)
+    labels = _LABELS.search(instruction.attributes)
+    assert labels is not None, instruction.attributes[:200]
+    window = _window(instruction.attributes, count=len(output) - 2)
+    flops = 2 * output[labels[3].index("b")] * output[labels[3].index("f")] * rhs[labels[2].index("i")]
+    for dim, (size, stride, low, lhs_dilation, rhs_dilation) in enumerate(window):
+        places = (np.arange(output[labels[3].index(str(dim))]) * stride - low)[:, None] + np.arange(size) * rhs_dilation
+        inside = (places >= 0) & (places <= (lhs[labels[1].index(str(dim))] - 1) * lhs_dilation) & (places % lhs_dilation == 0)
+        flops *= int(inside.sum())
+    return flops
+
+
+def _window(attributes: str, count: int) -> list[tuple[int, int, int, int, int]]:
+    """Size, stride, low padding and dilations of both sides, for each spatial dimension."""
+    found = _WINDOW.search(attributes)
+    fields = dict(part.split("=") for part in found[1].split()) if found else {}
+
+    def values(name: str, default: str) -> list[int]:
+        return [int(value.partition("_")[0]) for value in fields.get(name, "x".join([default] * count)).split("x") if value]
+
+    names = (("size", "1"), ("stride", "1"), ("pad", "0_0"), ("lhs_dilate", "1"), ("rhs_dilate", "1"))
+    return list(zip(*(values(name, default) for name, default in names), strict=True))  # type: ignore[arg-type]
+
+
+def traffic(program: Program) -> float:
+    """Bytes that the step reads from HBM and writes to it. What stays in vector memory is not counted, nor the parts of an array
+    that a slice leaves alone."""
+    times = executions(program)
+    return sum(
+        times[name] * _moved(instruction, program[name], program)
+        for name in control_flow(program)
+        for instruction in program[name].values()
+        if instruction.opcode not in _FREE
+    )
+
+
+def _moved(instruction: Instruction, siblings: Computation, program: Program) -> int:
+    if cost := kernel_cost(instruction):
+        return cost[1]
+    inner = next((program[called] for how, called in instruction.called if how == "calls"), {}) if instruction.opcode == "fusion" else {}
+    parameters = {i.number: i for i in inner.values() if i.opcode == "parameter"}
+    total = 0
+    for place, name in enumerate(instruction.operands):
+        operand = siblings.get(name)
+        total += 0 if operand is None else _read(parameters.get(place), inner, operand.type)
+    root = next((i for i in inner.values() if i.root), instruction)
+    written = [inner[name] for name in root.operands if name in inner] if root.opcode == "tuple" else [root]
+    for result in written:
+        if result.opcode == "dynamic-update-slice":
+            total += _in_hbm(inner[result.operands[1]].type if inner else siblings[result.operands[1]].type)
+        elif result.opcode != "parameter":
+            total += _in_hbm(result.type if inner and result is not root else instruction.type)
+    return total
+
+
+def _read(parameter: Instruction | None, inner: Computation, type_text: str) -> int:
+    """Bytes of an operand that a fusion reads: the slices that it takes of it, if it takes nothing else."""
+    if parameter is None:
+        return _in_hbm(type_text)
+    users = [i for i in inner.values() if parameter.name in i.operands]
+    if users and all(i.opcode == "dynamic-slice" for i in users):
+        return sum(_in_hbm(i.type) for i in users) if _in_hbm(type_text) else 0
+    if users and all(i.opcode == "dynamic-update-slice" and i.operands[0] == parameter.name for i in users):
+        return 0
+    return _in_hbm(type_text)
+
+
+def _in_hbm(type_text: str) -> int:
+    """Bytes of the arrays of a type that are not in another memory (`S(1)` in their layout is vector memory)."""
+    return sum(bytes_of(array) for array in re.findall(r"\w+\[[\d,]*\](?:\{[^}]*\})?", type_text) if ":" not in array or "S(" not in array)

@@ -1,0 +1,187 @@
+"""A model of how long a compiled step takes: its own schedule, played back.
+
+Instructions run in the order of the program. One of XLA's own takes the cycles that the compiler estimates for it; a Pallas kernel takes
+its FLOPs over the peak or its bytes over the bandwidth of HBM, whichever is longer, times what the kernel report finds above that bound;
+a collective takes its bytes over the links between the devices of its group. A collective that was started goes on while others run,
+one after the other on the links of its axes, and the step waits only where it ends. All of it is modelled, nothing measured: latencies
+and contention between axes are left out, links are taken at their published speed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import defaultdict
+
+import numpy as np
+from jax.sharding import Mesh
+
+from interns1pro_jax.flops import Hardware
+from interns1pro_jax.train import hlo
+from interns1pro_jax.train.hlo import Collective, Computation, Instruction
+from interns1pro_jax.train.hlo_cost import kernel_cost
+from pallas_kernels.chips import CHIPS
+
+# Time of the grouped products over their roofline (docs/kernels.md, 65,536 rows); attention kernels wait for their exponentials as well.
+KERNEL_TIME_OVER_BOUND = {"v5e": 1.1, "v5p": 1.062, "v6e": 1.114, "tpu7x": 1.139}
+
+_UNKNOWN = 2**62  # estimates above this stand for "not known"
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+
+
+@dataclasses.dataclass(frozen=True)
+class Times:
+    """Modelled seconds of one step on one device.
+
+    Attributes:
+      step: all of it.
+      xla: in XLA's own instructions.
+      kernels: in Pallas kernels.
+      waiting: for collectives, with nothing else to do.
+      links: in which the links of each set of mesh axes are busy.
+    """
+
+    step: float = 0.0
+    xla: float = 0.0
+    kernels: float = 0.0
+    waiting: float = 0.0
+    links: dict[tuple[str, ...], float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def compute(self) -> float:
+        return self.xla + self.kernels
+
+    def times(self, count: int) -> Times:
+        links = {axes: count * seconds for axes, seconds in self.links.items()}
+        return Times(count * self.step, count * self.xla, count * self.kernels, count * self.waiting, links)
+
+
+class Player:
+    """Plays the schedule of a program that was compiled for `mesh`, whose devices are of this hardware."""
+
+    def __init__(self, text: str, mesh: Mesh, hardware: Hardware):
+        self._program = hlo.computations(text)
+        self._mesh, self._hardware = mesh, hardware
+        self._collectives: dict[str, list[Collective]] = defaultdict(list)
+        for computation, collective in hlo.collectives_of(self._program, mesh):
+            self._collectives[computation].append(collective)
+
+    def times(self) -> Times:
+        """Of the whole program."""
+        return self._play(next(reversed(self._program)))
+
+    def _play(self, computation: str) -> Times:
+        instructions = self._program[computation]
+        clock = xla = kernels = waiting = 0.0
+        free: dict[str, float] = defaultdict(float)
+        busy: dict[tuple[str, ...], float] = defaultdict(float)
+        pending: dict[str, float] = {}
+
+        def send(found: list[Collective]) -> float:
+            """When the links have carried these."""
+            end = clock
+            for collective in found:
+                axes = collective.axes or self._mesh.axis_names
+                seconds = self.transfer(collective)
+                end = max(end, *(free[axis] for axis in axes)) + seconds
+                free.update(dict.fromkeys(axes, end))
+                busy[axes] += seconds
+            return end
+
+        for instruction in instructions.values():
+            inside = self._inside(instruction)
+            if inside is not None:
+                clock, xla, kernels, waiting = clock + inside.step, xla + inside.xla, kernels + inside.kernels, waiting + inside.waiting
+                for axes, seconds in inside.links.items():
+                    busy[axes] += seconds
+                continue
+            found = [] if hlo.ends(instruction, self._program) else self._own(instruction, computation)
+            if hlo.starts(instruction, self._program):
+                if found:
+                    pending[instruction.name] = send(found)
+                continue
+            if hlo.ends(instruction, self._program) and (start := self._started(instruction, instructions, pending)):
+                waiting += max(0.0, pending[start] - clock)
+                clock = max(clock, pending.pop(start))
+                continue
+            if found:
+                end = send(found)
+                waiting, clock = waiting + end - clock, end
+                continue
+            seconds, kernel = self._compute(instruction)
+            clock, xla, kernels = clock + seconds, xla + (0 if kernel else seconds), kernels + (seconds if kernel else 0)
+        return Times(clock, xla, kernels, waiting, dict(busy))
+
+    def _inside(self, instruction: Instruction) -> Times | None:
+        """Of the computations that a loop, a branch or a call runs; of the longest branch."""
+        if instruction.opcode == "while":
+            body = next(called for how, called in instruction.called if how == "body")
+            return self._play(body).times(hlo.trips(instruction, self._program))
+        if instruction.opcode in ("conditional", "call"):
+            return max((self._play(called) for _, called in instruction.called), key=lambda times: times.step)
+        return None
+
+    def _own(self, instruction: Instruction, computation: str) -> list[Collective]:
+        """Collectives that an instruction is, or has inside."""
+        found = [c for c in self._collectives[computation] if c.name == instruction.name]
+        for _, called in instruction.called:
+            found += self._collectives[called] if instruction.opcode not in ("all-reduce", "reduce-scatter") else []
+        return found
+
+    def _started(self, end: Instruction, siblings: Computation, pending: dict[str, float]) -> str | None:
+        """The pending start whose result, by way of other instructions, an end waits for."""
+        seen: set[str] = set()
+        frontier = list(end.operands)
+        while frontier:
+            name = frontier.pop()
+            if name in pending:
+                return name
+            if name not in seen and name in siblings:
+                seen.add(name)
+                frontier += siblings[name].operands
+        return None
+
+    def _compute(self, instruction: Instruction) -> tuple[float, bool]:
+        """Seconds of an instruction, and whether it is a Pallas kernel."""
+        hardware = self._hardware
+        if cost := kernel_cost(instruction):
+            bound = max(cost[0] / hardware.peak, cost[1] / hardware.bandwidth)
+            return KERNEL_TIME_OVER_BOUND[hardware.name] * bound, True
+        found = _CYCLES.search(instruction.attributes)
+        cycles = int(found[1]) if found else 0
+        return (cycles / CHIPS[hardware.name].clock if cycles < _UNKNOWN else 0.0), False
+
+    # Links -------------------------------------------------------------------------------------------------------------
+
+    def transfer(self, collective: Collective) -> float:
+        """Seconds that the links need for a collective."""
+        axes = collective.axes or self._mesh.axis_names
+        chips, bandwidth, across = self._group(axes)
+        factor = {"all-reduce": 2.0, "all-to-all": max(chips / 8, 0.5), "collective-permute": 1.0}.get(collective.kind, 1.0)
+        seconds = 0.0
+        if chips > 1:
+            seconds += factor * collective.bytes * (chips - 1) / chips / bandwidth
+        if across > 1:
+            seconds += factor * collective.bytes * (across - 1) / across / self._hardware.slice_link
+        return seconds
+
+    def _group(self, axes: tuple[str, ...]) -> tuple[int, float, int]:
+        """Chips of one slice in a group along these mesh axes, bytes per second into one device of it, and slices it spans.
+
+        Every dimension of the torus that the group fills gives two links, a part of one gives one, since its ends have no
+        neighbour. Devices of one chip share what comes in once for both; groups that split a chip share its links.
+        """
+        mesh, hardware = self._mesh, self._hardware
+        index = tuple(slice(None) if axis in axes else 0 for axis in mesh.axis_names)
+        group = np.atleast_1d(mesh.devices[index]).ravel()
+        everyone = np.array([device.coords for device in mesh.devices.ravel()])
+        coords = np.array([device.coords for device in group])
+        links = 0
+        for dim in range(coords.shape[1]):
+            places, extent = np.unique(coords[:, dim]), int(everyone[:, dim].max()) + 1
+            if len(places) > 1 and np.all(np.diff(places) == 1):
+                links += 2 if len(places) == extent >= hardware.wraps_from else 1
+        slices = {getattr(device, "slice_index", 0) or 0 for device in group}
+        chips = len(np.unique(coords, axis=0))
+        cores = len(group) // (chips * len(slices))
+        return chips, max(links, 1) * hardware.link * cores / hardware.devices_per_chip, len(slices)
