@@ -110,6 +110,7 @@ def train(
         )
         write(needs, workdir, Console())
         return
+    devices = mesh.make()
     console = Console(quiet=jax.process_index() != 0)
     prepared = PreparedData.open(corpus.directory)
     tokenizer = prepared.tokenizer()
@@ -130,7 +131,6 @@ def train(
     with_media = DocumentList([source[index] for index, size in held_out.sizes.items() if not size.text_only])
     ablations = {medium: found for medium in MEDIA if (found := ablation(with_media, encoder, model, corpus.pipeline, medium))}
 
-    devices = mesh.make()
     with jax.set_mesh(devices):
         optim = make_optimizer(optimizer, schedule)
         network = create_model(model, seed)

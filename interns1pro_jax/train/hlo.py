@@ -80,9 +80,9 @@ def computations(text: str) -> Program:
         if current is None:
             if header := _COMPUTATION.match(line):
                 current = found.setdefault(header[1], {})
-        elif line.startswith("}"):
+        elif line.startswith("}") and not line.startswith("}}"):
             current = None
-        else:
+        elif line.startswith(("  %", "  ROOT %")):  # others continue an instruction: a kernel's metadata may span lines
             instruction = _instruction(line)
             current[instruction.name] = instruction
     return found

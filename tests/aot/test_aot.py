@@ -108,7 +108,7 @@ def test_an_unknown_notation_is_an_error():
 
 
 @pytest.mark.parametrize(
-    "topology, message", [("v9:2x2", "starts with one of v5p"), ("v5p:3x5x7x2", "does not know the topology 'v5p:3x5x7x2'")]
+    "topology, message", [("v9:2x2", "starts with one of v5e"), ("v5p:3x5x7x2", "does not know the topology 'v5p:3x5x7x2'")]
 )
 def test_unknown_topologies_are_named(topology, message):
     with pytest.raises(ConfigError, match=message):

@@ -1,0 +1,249 @@
+"""What a task needs of a device, by arithmetic: bytes of HBM and seconds, for any mesh at once.
+
+State is exact: it follows from the shapes and shardings of the parameters. What a step needs on top is a model of the few buffers that
+are large, held against compiled programs by a test: gathered weights, rows of the expert products, the output head. Seconds are a
+roofline: computing at the share of the peak that compiled schedules reach, beside the bytes on the links and in HBM.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+
+import jax
+
+from interns1pro_jax.config import ConfigError, ModelConfig, TextConfig
+from interns1pro_jax.flops import Hardware, text_flops
+from interns1pro_jax.models.interns1pro import InternS1Pro
+from interns1pro_jax.sharding import AXES, MeshConfig, make_mesh
+
+TASKS = ("train", "sft", "lora", "rl", "serve")
+
+# Share of the peak at which a device computes a whole step, all of its work counted (docs/pods.md, compiled schedules).
+COMPUTE_EFFICIENCY = {"v5e": 0.6, "v5p": 0.72, "v6e": 0.6, "tpu7x": 0.6}
+# Share of HBM that a plan fills at most; the rest is for the runtime and for what is not modelled.
+FULLEST = 0.92
+LORA_RANK = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """A parameter: its name, shape, and the mesh axes that split each dimension."""
+
+    name: str
+    shape: tuple[int, ...]
+    axes: tuple[tuple[str, ...], ...]
+
+    def per_device(self, sizes: Mapping[str, int]) -> int | None:
+        """Elements that one device holds on a mesh of these sizes; None where a dimension does not divide."""
+        parts = [math.prod(sizes[axis] for axis in axes) for axes in self.axes]
+        if any(size % part for size, part in zip(self.shape, parts, strict=True)):
+            return None
+        return math.prod(size // part for size, part in zip(self.shape, parts, strict=True))
+
+
+@functools.cache
+def weights_of(model: ModelConfig) -> tuple[Weight, ...]:
+    """All parameters of a model."""
+    from flax import nnx
+
+    def axes(x: jax.ShapeDtypeStruct) -> tuple[tuple[str, ...], ...]:
+        spec = (*x.sharding.spec, *(None,) * (len(x.shape) - len(x.sharding.spec)))  # type: ignore[union-attr]
+        return tuple((dim,) if isinstance(dim, str) else tuple(dim or ()) for dim in spec)
+
+    with jax.set_mesh(make_mesh(devices=jax.devices()[:1])):
+        params = nnx.state(nnx.eval_shape(lambda: InternS1Pro(model, rngs=nnx.Rngs(0))), nnx.Param)
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return tuple(Weight(jax.tree_util.keystr(path), tuple(x.shape), axes(x)) for path, x in leaves)
+
+
+@dataclasses.dataclass(frozen=True)
+class Footprint:
+    """A task on one device of a mesh.
+
+    Attributes:
+      mesh: its sizes. tokens: of one device in a step (train, sft, lora, rl) or sequences times length in the cache (serve).
+      memory: bytes by part.
+      hbm: bytes that there are.
+      seconds: of a training step, or of one decoded token of all sequences; a lower bound where links are not counted.
+      rate: tokens per second and chip.
+      bound: what takes the seconds.
+    """
+
+    task: str
+    mesh: MeshConfig
+    tokens: int
+    memory: dict[str, int]
+    hbm: int
+    seconds: float
+    rate: float
+    bound: str
+
+    @property
+    def total(self) -> int:
+        return sum(self.memory.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= FULLEST * self.hbm
+
+
+def footprint(
+    task: str,
+    model: ModelConfig,
+    hardware: Hardware,
+    mesh: MeshConfig,
+    length: int,
+    rows: int = 1,
+    *,
+    moment_bytes: int = 4,
+    weight_bytes: int = 2,
+) -> Footprint | None:
+    """The footprint of a task; None where the mesh cannot hold the model or the rows.
+
+    Args:
+      length: tokens of a row, or of a sequence that is served.
+      rows: of each group of devices that share a row (`context` of them), or sequences per device that are served or rolled out.
+      moment_bytes: of each of AdamW's moments; weight_bytes: of frozen and served weights (2: bfloat16, 1: FP8).
+
+    Raises:
+      ConfigError: an unknown task.
+    """
+    if task not in TASKS:
+        raise ConfigError(f"task {task!r} is unknown; use one of {', '.join(TASKS)}.")
+    text, sizes = model.text, mesh.sizes
+    held = [weight.per_device(sizes) for weight in weights_of(model)]
+    if None in held or length % mesh.context or text.router_n_groups % mesh.expert:
+        return None
+    parameters = sum(count for count in held if count is not None)
+    tokens = rows * length // mesh.context
+    cache = cache_bytes(text) * rows * length
+    serving = {"weights": weight_bytes * parameters, "key/value cache": cache}
+    if task == "serve":
+        memory = serving | {"working": 2 * 1024**3}
+        seconds, bound = _decode_seconds(hardware, memory), "HBM"
+        return Footprint(task, mesh, rows * length, memory, hardware.hbm, seconds, rows * hardware.devices_per_chip / seconds, bound)
+    if task == "lora":
+        adapters = _adapter_parameters(text) // math.prod(sizes.values()) + 1
+        memory = {"weights": weight_bytes * parameters, "adapters": (8 + 2 * moment_bytes) * adapters}
+    else:
+        memory = {"parameters": 4 * parameters, "optimizer": 2 * moment_bytes * parameters, "gradients": 4 * parameters}
+    step = {"kept": text.num_hidden_layers * tokens * text.hidden_size * 2, "working": working_bytes(text, mesh, tokens)}
+    seconds, bound = train_seconds(text, hardware, mesh, length, tokens, frozen=task == "lora")
+    if task == "rl":
+        # Rollout and training take turns: the transients of the one are free while the other runs.
+        rollout = serving | {"working": 2 * 1024**3}
+        decode = _decode_seconds(hardware, rollout) * length
+        bound = "decoding" if decode > seconds else bound
+        seconds += decode
+        more = sum(rollout.values()) - sum(step.values()) - memory["gradients"]
+        step["more while rolling out"] = max(0, more)
+    rate = tokens / seconds * hardware.devices_per_chip
+    return Footprint(task, mesh, tokens, memory | step, hardware.hbm, seconds, rate, bound)
+
+
+def cache_bytes(text: TextConfig) -> int:
+    """Bytes of keys and values of one token, all layers, in bfloat16."""
+    return 2 * 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
+
+
+def working_bytes(text: TextConfig, mesh: MeshConfig, tokens: int) -> int:
+    """Bytes of temporaries of a training step beyond gradients and kept layer inputs, with full rematerialisation.
+
+    They peak in the backward of a layer (its weights and those of the next one gathered, a gradient of them, rows of the expert
+    products) or in the loss (the head in bfloat16 and its gradient in float32, and again in bfloat16).
+    """
+    d, f = text.hidden_size, text.moe_intermediate_size
+    gathered = 2 * text.num_experts // mesh.expert * 3 * d * f
+    rows = tokens * text.num_experts_per_tok
+    layer = 3 * gathered + 2 * rows * (4 * d + 6 * f) + 2 * tokens * mesh.expert * 3 * d
+    head = d * text.vocab_size * (2 + 4 + 2) + 2**29
+    return max(layer, head)
+
+
+def train_seconds(
+    text: TextConfig, hardware: Hardware, mesh: MeshConfig, length: int, tokens: int, frozen: bool = False
+) -> tuple[float, str]:
+    """Seconds of a training step with full rematerialisation and what takes them. `frozen` weights have no gradients."""
+    forward = tokens * text_flops(text, length)
+    compute = (3 if frozen else 4) * forward / (hardware.peak * COMPUTE_EFFICIENCY[hardware.name])
+    d, f = text.hidden_size, text.moe_intermediate_size
+    experts, attention = text.num_experts // mesh.expert * 3 * d * f, 2 * d * (text.num_attention_heads + text.num_key_value_heads)
+    passes = 2 if frozen else 3
+    weights = passes * 2 * text.num_moe_layers * (experts + attention * text.head_dim) * (mesh.fsdp - 1) / mesh.fsdp
+    exchanged = 5 * 2 * text.num_moe_layers * tokens * mesh.expert * d * (mesh.expert - 1) / mesh.expert
+    # An expert group takes one dimension of the torus, the rest of the mesh the others.
+    dims = 2 if hardware.wraps_from == 16 else 3
+    share = 2 * hardware.link / hardware.devices_per_chip
+    links = {
+        "links of fsdp": weights / (share * (dims - 1)),
+        "links of expert": exchanged / share,
+    }
+    if mesh.data > 1:
+        links["network between slices"] = 2 * 4 * sum_parameters(text) / math.prod(mesh.sizes.values()) * mesh.data / hardware.slice_link
+    times = {"computing": compute} | links
+    bound = max(times, key=lambda name: times[name])
+    return times[bound], bound
+
+
+def sum_parameters(text: TextConfig) -> int:
+    """Parameters of the decoder's experts, which are nearly all."""
+    return 3 * text.num_moe_layers * text.num_experts * text.hidden_size * text.moe_intermediate_size
+
+
+def _adapter_parameters(text: TextConfig) -> int:
+    """LoRA of rank 16 on the four projections of every attention layer."""
+    q, k, d = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim, text.hidden_size
+    return LORA_RANK * text.num_hidden_layers * (2 * (d + q) + 2 * (d + k))
+
+
+def _decode_seconds(hardware: Hardware, memory: Mapping[str, int]) -> float:
+    """A lower bound: all weights and the whole cache are read once for a token of every sequence."""
+    return (memory["weights"] + memory["key/value cache"]) / hardware.bandwidth
+
+
+def topology_of(hardware: Hardware, chips: int) -> tuple[str, int]:
+    """The usual slice of so many chips, by libtpu's name, and how many of them: tori as cubic as can be, at most a pod each.
+
+    Raises:
+      ConfigError: no slice has so many chips.
+    """
+    flat = hardware.wraps_from == 16
+    slices = max(1, chips // 256) if flat else 1
+    chips_of_slice = chips // slices
+    if chips < 1 or chips & (chips - 1) or chips_of_slice * slices != chips:
+        raise ConfigError(f"{chips} chips: slices have a power of two of chips.")
+    bits = chips_of_slice.bit_length() - 1
+    dims = 2 if flat else 3
+    shape = [2 ** (bits // dims + (dims - 1 - place < bits % dims)) for place in range(dims)]
+    return f"{hardware.name}:{'x'.join(map(str, shape))}", slices
+
+
+def meshes(hardware: Hardware, chips: int, length: int) -> list[MeshConfig]:
+    """The meshes worth trying on so many chips: expert degrees of at least 4 where they fit, the sequence split where it is long."""
+    topology, slices = topology_of(hardware, chips)
+    devices = chips * hardware.devices_per_chip
+    found = []
+    for expert in (8, 4, 2, 1):
+        for context in (1, 2, 4, 8):
+            rest = devices // (expert * context * slices)
+            if rest * expert * context * slices == devices and (context == 1 or length // context >= 4096):
+                found.append(MeshConfig(data=slices, fsdp=rest, context=context, expert=expert, topology=topology, slices=slices))
+    return found
+
+
+def best_rows(task: str, model: ModelConfig, hardware: Hardware, mesh: MeshConfig, length: int, **options: int) -> Footprint | None:
+    """The footprint with as many rows as fit, in powers of two up to 64k tokens of a device; with one row if none fits."""
+    first = best = footprint(task, model, hardware, mesh, length, 1, **options)
+    rows = 2
+    while best is not None and best.fits and rows * length // mesh.context <= (65536 if task != "serve" else 2**24):
+        more = footprint(task, model, hardware, mesh, length, rows, **options)
+        if more is None or not more.fits:
+            break
+        best, rows = more, 2 * rows
+    return best or first
+
+
+assert set(AXES) == {"data", "fsdp", "context", "expert"}  # `meshes` tries all of them
