@@ -3,6 +3,7 @@
     python -m tools.kernel_report                                     # everything; about ten minutes
     python -m tools.kernel_report --chips v6e --ops up_fwd --rows 32768 --no-peers --tree
     python -m tools.kernel_report --kernel plain                      # plain matrix products, whose work is known
+    python -m tools.kernel_report --kernel routing                    # the router's kernels beside what XLA estimates for plain jax.numpy
     python -m tools.kernel_report --output kernel_report              # also report.md, report.json and report.png there
 
 Needs libtpu (extra `tpu`); tokamax's kernels are shown if it is installed (extra `peers`). Nothing is run on a chip: cycles are

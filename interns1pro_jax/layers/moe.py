@@ -5,14 +5,15 @@ How a token flows, on a mesh whose `expert` axis has R devices (each owns G/R gr
     router                own tokens only, no communication
     token all-gather      every device of the expert axis sees all their tokens: each needs every token once, so this is the
                           fewest bytes possible, and the number of rows per device is tokens*K/R for any routing
-    routing all-to-all    ids and weights of the groups a device owns (a few bytes per token)
+    routing all-gather    slots of every expert on each device, from which each slot's row at its expert's owner follows
+    routing all-to-all    rows and weights of the groups a device owns (a few bytes per token)
     dispatch              bijective permutation of the rows by expert: a gather, and its backward is a gather
     expert products       64 groups (released size) of varying sizes with a fixed sum
     combine               inverse permutation and sum over a token's experts
     token reduce-scatter  sums the devices' contributions, each keeps its own tokens
 
-`expert_parallel_mlp` is all of it; its collectives carry the names `token_all_gather`, `routing_all_to_all`,
-`expert_weight_all_gather` and `token_reduce_scatter` in the compiled program.
+`expert_parallel_mlp` is all of it; its collectives carry the names `token_all_gather`, `routing_all_gather`,
+`routing_all_to_all`, `expert_weight_all_gather` and `token_reduce_scatter` in the compiled program.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from interns1pro_jax.layers.mlp import swiglu
 from interns1pro_jax.layers.parameter import normal, parameter
 from interns1pro_jax.layers.router import Router, RouterStats, Routing
 from interns1pro_jax.ops.grouped_matmul import grouped_matmul
-from interns1pro_jax.ops.permutation import combine, dispatch, make_plan, permute_slots
+from interns1pro_jax.ops.permutation import combine, destinations, dispatch, make_plan, permute_slots
 from interns1pro_jax.ops.varying import as_varying, varying_axes
 
 
@@ -85,29 +86,33 @@ def expert_parallel_mlp(x_BTD: Float[Array, "B T D"], routing: Routing, experts:
         partial(_local_mlp, ranks=sharding.axis_size("expert"), gathers=sharding.axis_size("fsdp") > 1),
         in_specs=(
             PartitionSpec(batch, sequence, None),
-            PartitionSpec(batch, sequence, None, None),
-            PartitionSpec(batch, sequence, None, None),
+            Routing.specs(),
             PartitionSpec(None, "expert", "fsdp", None),
             PartitionSpec(None, "expert", None, "fsdp"),
             PartitionSpec(),
         ),
         out_specs=PartitionSpec(batch, sequence, None),
-    )(x_BTD, routing.ids_BTGC, routing.weights_BTGC, experts.wi_LEDF, experts.wo_LEFD, experts.layer)
+    )(x_BTD, routing, experts.wi_LEDF, experts.wo_LEFD, experts.layer)
 
 
-def _local_mlp(x_BTD, ids_BTGC, weights_BTGC, wi_LEDF, wo_LEFD, layer, *, ranks: int, gathers: bool):
+def _local_mlp(x_BTD, routing: Routing, wi_LEDF, wo_LEFD, layer, *, ranks: int, gathers: bool):
     """One device's part; arguments are its shards."""
     b, t, d = x_BTD.shape
-    groups, chosen = ids_BTGC.shape[-2:]
-    own_groups, own_experts = groups // ranks, wi_LEDF.shape[1]
+    groups, chosen = routing.ids_BTGC.shape[-2:]
+    own_slots, own_experts = groups // ranks * chosen, wi_LEDF.shape[1]
+    ids_TGC, ranks_TGC, weights_TGC = (
+        x.reshape(b * t, groups, chosen) for x in (routing.ids_BTGC, routing.ranks_BTGC, routing.weights_BTGC)
+    )
     with jax.named_scope("token_all_gather"):
         x_ND = jax.lax.all_gather(x_BTD.reshape(b * t, d), "expert", tiled=True)
+    with jax.named_scope("routing_all_gather"):
+        sizes_RE = jax.lax.all_gather(routing.counts_NE.sum(0), "expert")
+    rank = jax.lax.axis_index("expert")
+    dest_TGC = destinations(ids_TGC, ranks_TGC, routing.counts_NE, sizes_RE, rank)
     with jax.named_scope("routing_all_to_all"):
         exchange = partial(jax.lax.all_to_all, axis_name="expert", split_axis=1, concat_axis=0, tiled=True)
-        ids_NGC = exchange(ids_BTGC.reshape(b * t, groups, chosen))
-        weights_NGC = exchange(weights_BTGC.reshape(b * t, groups, chosen))
-    local_ids = ids_NGC + (own_experts // own_groups) * jnp.arange(own_groups, dtype=ids_NGC.dtype)[:, None]
-    plan = make_plan(local_ids.reshape(-1, own_groups * chosen), own_experts)
+        dest_NS, weights_NS = (exchange(x).reshape(-1, own_slots) for x in (dest_TGC, weights_TGC))
+    plan = make_plan(dest_NS, jax.lax.dynamic_slice_in_dim(sizes_RE.sum(0), rank * own_experts, own_experts))
 
     offset = layer * own_experts
     if wi_LEDF.shape[0] == 1 or gathers:
@@ -124,7 +129,7 @@ def _local_mlp(x_BTD, ids_BTGC, weights_BTGC, wi_LEDF, wo_LEFD, layer, *, ranks:
 
     rows_MD = dispatch(x_ND, plan)
     hidden_MF = swiglu(grouped_matmul(rows_MD, wi, plan.group_sizes_G, group_offset=offset))
-    scaled_MF = hidden_MF * permute_slots(weights_NGC.reshape(-1, own_groups * chosen), plan)[:, None].astype(hidden_MF.dtype)
+    scaled_MF = hidden_MF * permute_slots(weights_NS, plan)[:, None].astype(hidden_MF.dtype)
     out_ND = combine(grouped_matmul(scaled_MF, wo, plan.group_sizes_G, group_offset=offset), plan)
     with jax.named_scope("token_reduce_scatter"):
         out_ND = jax.lax.psum_scatter(out_ND, "expert", tiled=True)

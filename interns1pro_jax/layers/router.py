@@ -8,15 +8,21 @@ probabilities, the backward the dense softmax over all experts (paper section on
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from interns1pro_jax import sharding
 from interns1pro_jax.config import TextConfig
 from interns1pro_jax.layers.parameter import normal, parameter
+from interns1pro_jax.ops.varying import as_varying, varying_axes
+from pallas_kernels.chips import current_chip
+from pallas_kernels.routing import route
+from pallas_kernels.routing_reference import route_reference, straight_through
 
 NOT_RECORDED = 255  # in recorded routing: this token's experts are not known; groups of more experts record in uint16
 
@@ -24,10 +30,26 @@ NOT_RECORDED = 255  # in recorded routing: this token's experts are not known; g
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Routing:
-    """Where each token goes: in-group expert ids (expert = group * experts_per_group + id) and weights, winners first."""
+    """Where each token goes.
+
+    Attributes:
+      ids_BTGC: in-group ids of its experts, winners first (expert = group * experts_per_group + id).
+      weights_BTGC: weights of their outputs.
+      ranks_BTGC, counts_NE: the begun counting sort of a device's slots by expert, see `pallas_kernels.routing_reference.Routes`; the
+        devices' chunks follow each other.
+    """
 
     ids_BTGC: Int[Array, "B T G C"]
     weights_BTGC: Float[Array, "B T G C"]
+    ranks_BTGC: Int[Array, "B T G C"]
+    counts_NE: Int[Array, "N E"]
+
+    @staticmethod
+    def specs() -> Routing:
+        """How its arrays are split over the mesh."""
+        slots = sharding.spec("batch", "sequence", None, None)
+        chunks = PartitionSpec(sharding.RULES["batch"] + sharding.RULES["sequence"], None)
+        return Routing(slots, slots, slots, chunks)  # type: ignore[arg-type]
 
 
 @jax.tree_util.register_dataclass
@@ -58,38 +80,6 @@ class RouterStats:
         """The statistics of all rows together; `axis` is that of the rows."""
         sums = jax.tree.map(lambda x: x.sum(axis), self)
         return dataclasses.replace(sums, logit_max=self.logit_max.max(axis))
-
-
-@jax.custom_jvp
-def straight_through(value: jax.Array, surrogate: jax.Array) -> jax.Array:
-    """`value` in the forward, bit for bit; the derivative is that of `surrogate` (of the same shape)."""
-    del surrogate
-    return value
-
-
-@straight_through.defjvp
-def _straight_through_jvp(primals, tangents):
-    return primals[0], tangents[1]
-
-
-@jax.custom_vjp
-def observe_unselected(logits: jax.Array, selected: jax.Array, probe: jax.Array) -> jax.Array:
-    """The identity on `logits`. The gradient with respect to the scalar `probe` is the squared norm of the logits' gradient
-    outside `selected`: how much the straight-through estimator teaches experts that were not run."""
-    del selected, probe
-    return logits
-
-
-def _observe_fwd(logits, selected, probe):
-    del probe
-    return logits, selected
-
-
-def _observe_bwd(selected, grad):
-    return grad, None, jnp.sum(jnp.where(selected, 0.0, grad) ** 2)
-
-
-observe_unselected.defvjp(_observe_fwd, _observe_bwd)
 
 
 class Router(nnx.Module):
@@ -125,41 +115,59 @@ class Router(nnx.Module):
           routing, statistics, and the logits.
         """
         cfg = self.config
-        groups, size, chosen = cfg.router_n_groups, cfg.experts_per_group, cfg.experts_per_group_per_token
         logits = self.logits(x_BTD)
-        batch = logits.shape[:2]
-        # The reshapes say where their result lives: with one token per row or one group it could not be told from the shapes.
-        spec = sharding.spec("batch", "sequence", None, None)
-        ids = top_ids(jax.lax.stop_gradient(logits).reshape(*batch, groups, size, out_sharding=spec), chosen)
-        if replay_BTGC is not None:
-            replay = sharding.constrain(replay_BTGC, "batch", "sequence", None, None).astype(jnp.int32)
-            ids = jnp.where(replay < size, replay, ids)
-        # One comparison instead of gathers: its backward is a product, where that of a gather would be a scatter.
-        hot_BTGCe = ids[..., None] == jnp.arange(size)
-        selected_BTE = hot_BTGCe.any(-2).reshape(*batch, groups * size, out_sharding=sharding.spec("batch", "sequence", None))
-
-        def at_ids(p_BTE: jax.Array) -> jax.Array:
-            return jnp.where(hot_BTGCe, p_BTE.reshape(*batch, groups, size, out_sharding=spec)[..., None, :], 0.0).sum(-1)
-
-        probs = jax.nn.softmax(logits, -1)
-        weights = at_ids(probs)
-        if cfg.norm_topk_prob:
-            weights = weights / (weights.sum((-2, -1), keepdims=True) + 1e-20)
-        if cfg.router.straight_through:
-            observed = logits if probe is None else observe_unselected(logits, selected_BTE, probe)
-            weights = straight_through(jax.lax.stop_gradient(weights), at_ids(jax.nn.softmax(observed / cfg.router.temperature, -1)))
-        return Routing(ids, weights), _stats(logits, probs, selected_BTE, valid_BT), logits
+        estimated = cfg.router.straight_through
+        routing = route_tokens(
+            logits,
+            replay_BTGC,
+            probe if estimated else None,
+            groups=cfg.router_n_groups,
+            chosen=cfg.experts_per_group_per_token,
+            temperature=cfg.router.temperature if estimated else 1.0,
+        )
+        probs = routing.weights_BTGC
+        weights = probs / (probs.sum((-2, -1), keepdims=True) + 1e-20) if cfg.norm_topk_prob else probs
+        if estimated:
+            weights = straight_through(jax.lax.stop_gradient(weights), probs)
+        return dataclasses.replace(routing, weights_BTGC=weights), _stats(logits, routing.ids_BTGC, valid_BT), logits
 
 
-def top_ids(scores: Float[Array, "... e"], count: int) -> Int[Array, "... count"]:
-    """Indices of the `count` largest scores, falling; equal scores in rising order of index."""
-    if count == 1:  # the released model's case; an argmax is far cheaper than a sort
-        return jnp.argmax(scores, -1, keepdims=True).astype(jnp.int32)
-    return jax.lax.top_k(scores, count)[1]
+def route_tokens(
+    logits_BTE: Float[Array, "B T E"],
+    replay_BTGC: Int[Array, "B T G C"] | None = None,
+    probe: Float[Array, ""] | None = None,
+    *,
+    groups: int,
+    chosen: int,
+    temperature: float = 1.0,
+) -> Routing:
+    """Each device routes its own tokens; the weights are probabilities. Arguments as in `pallas_kernels.routing.route`."""
+    specs = Routing.specs()
+    if replay_BTGC is not None:
+        replay_BTGC = sharding.constrain(replay_BTGC, "batch", "sequence", None, None)
+    return jax.shard_map(
+        partial(_local_route, groups=groups, chosen=chosen, temperature=temperature),
+        in_specs=(sharding.spec("batch", "sequence", None), specs.ids_BTGC, PartitionSpec()),
+        out_specs=specs,
+    )(sharding.constrain(logits_BTE, "batch", "sequence", None), replay_BTGC, probe)
 
 
-def _stats(logits: jax.Array, probs: jax.Array, selected: jax.Array, valid: jax.Array) -> RouterStats:
+def _local_route(logits_BTE, replay_BTGC, probe, **options):
+    batch = logits_BTE.shape[:2]
+    axes = varying_axes(logits_BTE)
+    logits_TE, replay_TGC = jax.tree.map(lambda x: as_varying(x.reshape(-1, *x.shape[2:]), axes), (logits_BTE, replay_BTGC))
+    probe = jax.tree.map(lambda x: as_varying(x, axes), probe)
+    routes = (route if current_chip() else route_reference)(logits_TE, replay_TGC, probe, **options)
+    ids, probs, ranks = (x.reshape(*batch, *x.shape[1:]) for x in (routes.ids_TGC, routes.probs_TGC, routes.ranks_TGC))
+    return Routing(ids, probs, ranks, routes.counts_NE)
+
+
+def _stats(logits: jax.Array, ids: jax.Array, valid: jax.Array) -> RouterStats:
     mask = valid[..., None].astype(jnp.float32)
+    size = logits.shape[-1] // ids.shape[-2]
+    # The reshape says where its result lives: with one token per row or one group it could not be told from the shapes.
+    selected = (ids[..., None] == jnp.arange(size)).any(-2).reshape(logits.shape, out_sharding=sharding.spec("batch", "sequence", None))
+    probs = jax.nn.softmax(logits, -1)
     log_z = jax.nn.logsumexp(logits, -1)
     entropy = jax.lax.stop_gradient(log_z - (probs * logits).sum(-1))
     return RouterStats(

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from interns1pro_jax.ops.varying import match_varying
+from pallas_kernels.routing_reference import CHUNK
 
 
 @jax.tree_util.register_dataclass
@@ -31,26 +32,45 @@ class Plan:
     group_sizes_G: Int[Array, " G"]
 
 
-def make_plan(ids_NS: Int[Array, "N S"], num_groups: int) -> Plan:
-    """Sorts the slots by their group id (0 <= id < num_groups), keeping the order of slots within a group.
+def make_plan(dest_NS: Int[Array, "N S"], group_sizes_G: Int[Array, " G"]) -> Plan:
+    """The plan of known destinations, which must be a permutation of the rows."""
+    dest_M = dest_NS.reshape(-1)
+    slots_M = jnp.arange(dest_M.size, dtype=jnp.int32)
+    order_M = slots_M.at[dest_M].set(slots_M, mode="promise_in_bounds", unique_indices=True, wrap_negative_indices=False)
+    return Plan(dest_NS, order_M, group_sizes_G)
 
-    Id and slot are packed into one integer: the sort needs to carry nothing along, and what it yields is stable.
 
-    Raises:
-      ValueError: the packed integers would overflow.
+def destinations(
+    ids_TGC: Int[Array, "T G C"],
+    ranks_TGC: Int[Array, "T G C"],
+    counts_NE: Int[Array, "N E"],
+    sizes_RE: Int[Array, "R E"],
+    device: int | Int[Array, ""],
+) -> Int[Array, "T G C"]:
+    """Rows of one device's slots at the owners of their experts: the end of the counting sort that routing began.
+
+    Each of R devices owns E/R experts. The slots that all the devices have for these are sorted by expert, then by device, token and
+    choice.
+
+    Args:
+      ids_TGC, ranks_TGC, counts_NE: routing of the device's tokens (`pallas_kernels.routing_reference.Routes`).
+      sizes_RE: slots that each device has for each expert.
+      device: which of the R devices this is.
     """
-    num_slots = ids_NS.size
-    if num_slots * num_groups > 2**32:
-        raise ValueError(
-            f"{num_slots} slots of {num_groups} groups cannot be sorted as 32-bit integers; split the tokens into chunks of at most "
-            f"{2**32 // num_groups} slots."
-        )
-    slots = jnp.arange(num_slots, dtype=jnp.uint32)
-    sorted_M = jnp.sort(ids_NS.reshape(-1).astype(jnp.uint32) * num_slots + slots)
-    order_M = (sorted_M % num_slots).astype(jnp.int32)
-    dest_M = jnp.zeros_like(order_M).at[order_M].set(slots.astype(jnp.int32), unique_indices=True)
-    group_sizes_G = jnp.sum(ids_NS.reshape(-1, 1) == jnp.arange(num_groups), axis=0, dtype=jnp.int32)
-    return Plan(dest_M.reshape(ids_NS.shape), order_M, group_sizes_G)
+    num_tokens, groups, chosen = ids_TGC.shape
+    num_devices, num_experts = sizes_RE.shape
+    size = num_experts // groups
+    own_RE = sizes_RE.sum(0).reshape(num_devices, -1)
+    experts_before_E = (jnp.cumsum(own_RE, 1) - own_RE).reshape(-1)
+    devices_before_E = jnp.where(jnp.arange(num_devices)[:, None] < device, sizes_RE, 0).sum(0)
+    chunks_before_NE = jnp.cumsum(counts_NE, 0) - counts_NE
+    first_NGe = (experts_before_E + devices_before_E + chunks_before_NE).reshape(-1, groups, size)
+    chunk = min(CHUNK, num_tokens)
+    ids_NtGC = jnp.pad(ids_TGC, ((0, -num_tokens % chunk), (0, 0), (0, 0))).reshape(-1, chunk, groups, chosen)
+    # A comparison instead of gathers, which are slow where they read single numbers.
+    hot_NtGCe = ids_NtGC[..., None] == jnp.arange(size)
+    first_NtGC = jnp.where(hot_NtGCe, first_NGe[:, None, :, None], 0).sum(-1)
+    return first_NtGC.reshape(-1, groups, chosen)[:num_tokens] + ranks_TGC
 
 
 def dispatch(x_ND: Float[Array, "N D"], plan: Plan) -> Float[Array, "M D"]:

@@ -1,5 +1,6 @@
 """The balanced MoE layer: equal to its definition, and equally loaded devices for any routing."""
 
+import dataclasses
 import re
 
 import jax
@@ -12,7 +13,7 @@ from interns1pro_jax import sharding
 from interns1pro_jax.config import ConfigError
 from interns1pro_jax.layers import moe
 from interns1pro_jax.layers.moe import ExpertStack, Moe, expert_parallel_mlp
-from interns1pro_jax.layers.router import Routing
+from interns1pro_jax.layers.router import route_tokens
 from interns1pro_jax.sharding import make_mesh
 from tests.tiny import text_config
 
@@ -41,9 +42,16 @@ def place(x, *dims):
     return sharding.constrain(jnp.asarray(x), *dims)
 
 
+def routing_of(ids, w):
+    """What the router gives for recorded ids, with other weights."""
+    logits = place(jnp.zeros((*ids.shape[:2], GROUPS * PER_GROUP)), "batch", "sequence", None)
+    routing = route_tokens(logits, jnp.asarray(ids), groups=GROUPS, chosen=ids.shape[-1])
+    return dataclasses.replace(routing, weights_BTGC=place(w, "batch", "sequence", None, None))
+
+
 @jax.jit
 def layer(x, ids, w, wi, wo):
-    routing = Routing(place(ids, "batch", "sequence", None, None), place(w, "batch", "sequence", None, None))
+    routing = routing_of(ids, w)
     stack = ExpertStack(
         place(wi[None], None, "expert", "expert_embed", None), place(wo[None], None, "expert", None, "expert_embed"), jnp.int32(0)
     )
@@ -109,7 +117,7 @@ def test_one_compiled_program_serves_every_routing():
         x, w = place(x, "batch", "sequence", None), place(w, "batch", "sequence", None, None)
 
         def layer_placed(ids):
-            return expert_parallel_mlp(x, Routing(ids, w), ExpertStack(wi, wo, jnp.int32(0)))
+            return expert_parallel_mlp(x, routing_of(ids, w), ExpertStack(wi, wo, jnp.int32(0)))
 
         for ids in routings().values():
             run(place(ids, "batch", "sequence", None, None)).block_until_ready()
@@ -125,12 +133,12 @@ def test_collectives_of_the_layer_are_named_and_counted():
         gradient = jax.grad(lambda x, w, wi, wo: (layer(x, ids, w, wi, wo) ** 2).sum(), (0, 1, 2, 3))
         lowered = jax.jit(gradient).lower(x, w, *weights())
     named = lowered.as_text(debug_info=True)
-    for name in ("token_all_gather", "routing_all_to_all", "expert_weight_all_gather", "token_reduce_scatter"):
+    for name in ("token_all_gather", "routing_all_gather", "routing_all_to_all", "expert_weight_all_gather", "token_reduce_scatter"):
         assert name in named
     text = lowered.as_text()
-    assert text.count('"stablehlo.all_gather"') == 4  # tokens forward, output gradient backward, two weights
+    assert text.count('"stablehlo.all_gather"') == 5  # tokens forward, output gradient backward, two weights, counts
     assert text.count('"stablehlo.reduce_scatter"') == 4  # output forward, token gradient backward, two weight gradients
-    assert text.count('"stablehlo.all_to_all"') == 3  # ids, weights, weight gradients: a few bytes per token
+    assert text.count('"stablehlo.all_to_all"') == 3  # rows, weights, weight gradients: a few bytes per token
     scattered = re.findall(r'"stablehlo\.scatter".*?\}\) : \(tensor<(\w+)>', text, re.DOTALL)
     # Indices of the permutation, and on CPU the weight gradient [experts, K, N] of one expert at a time; no rows of activations.
     assert scattered and all(operand.endswith("i32") or len(operand.split("x")) == 4 for operand in scattered)
@@ -158,7 +166,7 @@ def test_a_layer_of_a_stack_equals_the_layer_alone(mesh_sizes):
         alone = np.asarray(layer(x, ids, w, *stacks[1]))
         wi, wo = (np.stack([np.asarray(s[i]) for s in stacks]) for i in range(2))
         stack = ExpertStack(place(wi, None, "expert", "expert_embed", None), place(wo, None, "expert", None, "expert_embed"), jnp.int32(1))
-        routing = Routing(place(ids, "batch", "sequence", None, None), place(w, "batch", "sequence", None, None))
+        routing = jax.jit(routing_of)(ids, w)
         x = place(x, "batch", "sequence", None)
         np.testing.assert_allclose(jax.jit(expert_parallel_mlp)(x, routing, stack), alone, atol=1e-5)
 

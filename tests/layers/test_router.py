@@ -9,8 +9,9 @@ import pytest
 from flax import nnx
 
 from interns1pro_jax.config import RouterConfig
-from interns1pro_jax.layers.router import Router, observe_unselected
+from interns1pro_jax.layers.router import Router
 from interns1pro_jax.ops.router_losses import balance_loss, global_topk_balance_loss, z_loss
+from pallas_kernels.routing_reference import observe_unselected
 from tests.tiny import text_config
 
 PLAIN = RouterConfig(straight_through=False)

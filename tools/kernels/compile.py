@@ -61,12 +61,14 @@ class Compilation:
       vmem: bytes of scoped VMEM by name of the kernel.
       code: bytes of the whole program, less those of a program that only copies its argument.
       seconds: wall time of the compilation.
+      estimated_cycles: XLA's own estimates for its fusions, summed; kernels have none.
     """
 
     schedules: list[Schedule]
     vmem: dict[str, int]
     code: int
     seconds: float
+    estimated_cycles: int = 0
 
     @property
     def main(self) -> Schedule:
@@ -107,7 +109,8 @@ class Compiler:
         kernels = text.count('custom_call_target="tpu_custom_call"')
         if kernels and not schedules:
             raise CompileError("libtpu wrote no dump: it was loaded before the Compiler was made, or takes flags of another name.")
-        return Compilation(schedules, scoped_vmem(text), _code_bytes(program) - self._code_of_nothing(chip), seconds)
+        estimate = sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', text)))
+        return Compilation(schedules, scoped_vmem(text), _code_bytes(program) - self._code_of_nothing(chip), seconds, estimate)
 
     def _program(self, chip: Chip, launch: Launch):  # type: ignore[no-untyped-def]
         for path in self._directory.iterdir():

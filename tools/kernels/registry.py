@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tools.kernels import ours, peers, plain
+from tools.kernels import ours, peers, plain, routing
 from tools.kernels.cases import Case
 
 OURS = "this project"
 GROUPED: dict[str, peers.Contender] = {OURS: ours.grouped_matmul, **peers.installed()}
-OTHERS: dict[str, Callable[[], list[Case]]] = {"plain": plain.cases}
+OTHERS: dict[str, Callable[[], list[Case]]] = {"plain": plain.cases, "routing": routing.cases}

@@ -113,8 +113,15 @@ class Schedule:
     root: Region
 
     def hot_regions(self, least: float = 0.05) -> list[Region]:
-        """The regions that hold products themselves, of at least a share `least` of the one with the most; in order of the code."""
+        """The regions that hold products themselves, of at least a share `least` of the one with the most; in order of the code.
+        Of a kernel without products its innermost loops."""
         holders = [region for region in self.root.walk() if region.own.matmuls]
+        if not holders:
+            return [
+                region
+                for region in self.root.walk()
+                if region.kind == "loop" and not any(c.kind == "loop" for c in region.walk() if c is not region)
+            ]
         most = max((region.own.matmuls for region in holders), default=0)
         return [region for region in holders if region.own.matmuls >= least * most]
 
