@@ -25,7 +25,7 @@ test: lint
 
 demo: setup
 	$(RUN) -m tools.fetch_data --output $(DATA)
-	$(RUN) -m experiments.launch --gin_file configs/recipes/demo.gin --workdir $(WORKDIR) --gin_param "PreparedCorpus.directory = '$(DATA)'"
+	$(RUN) -m experiments.launch --gin_file configs/recipes/demo.gin --workdir $(WORKDIR) --gin_param "Corpus.directory = '$(DATA)'"
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

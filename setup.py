@@ -20,6 +20,7 @@ CORE = [
     "tensorboardX>=2.6.4",
     "matplotlib>=3.9",
     "pillow>=11",
+    "fsspec>=2025.3",
     "tokenizers>=0.22",
     "sentencepiece>=0.2.1",
     "regex>=2025.9",
@@ -44,7 +45,11 @@ setup(
         "peers": ["tokamax>=0.0.17; python_version >= '3.12'"],  # shown beside our kernels in tools.kernel_report; wants JAX 0.11.1
         "demo": ["rdkit>=2025.9", "pymseed>=1.0"],
         "media": MEDIA,
+        "data": ["pyarrow>=18"],
+        "gcs": ["gcsfs>=2025.3"],
+        "s3": ["s3fs>=2025.3"],
         "test": [
+            "pyarrow>=18",
             *MEDIA,
             "pytest>=8",
             "pytest-xdist>=3.6",

@@ -10,9 +10,9 @@ from typing import Any
 import gin
 import jax
 
-from experiments.train import PreparedCorpus, train
+from experiments.train import train
 from interns1pro_jax import config, sharding
-from interns1pro_jax.data import packing, pipeline
+from interns1pro_jax.data import corpus, image_processing, mixture, packing, pipeline, plan
 from interns1pro_jax.infer import sampling
 from interns1pro_jax.optim import optimizer, schedule
 from interns1pro_jax.train.loop import LoopConfig
@@ -26,12 +26,17 @@ _DATACLASSES = (
     config.RouterConfig,
     sharding.MeshConfig,
     packing.RowSize,
-    pipeline.PipelineConfig,
+    corpus.Corpus,
+    image_processing.PixelBounds,
+    mixture.CurriculumStage,
+    mixture.Source,
+    pipeline.ReadConfig,
+    plan.PipelineConfig,
     sampling.Sampling,
     optimizer.OptimizerConfig,
     LoopConfig,
 )
-_FUNCTIONS = (schedule.warmup_stable_decay, schedule.constant, train, PreparedCorpus)
+_FUNCTIONS = (schedule.warmup_stable_decay, schedule.constant, train)
 
 
 def register() -> None:

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from interns1pro_jax.config import ConfigError, ModelConfig
-from interns1pro_jax.data.pipeline import AssembledRow, PipelineConfig, collate
+from interns1pro_jax.data.pipeline import AssembledRow, collate
+from interns1pro_jax.data.plan import PipelineConfig
 from interns1pro_jax.flops import GIB, hardware_of
 from interns1pro_jax.optim.optimizer import OptimizerConfig, make_optimizer
 from interns1pro_jax.sharding import MeshConfig

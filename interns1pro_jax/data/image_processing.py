@@ -73,7 +73,11 @@ def image_item(pixels: UInt8[np.ndarray, "height width 3"], config: VisionConfig
     Raises:
       ValueError: as `smart_resize`.
     """
-    grid = grid_of(pixels.shape[0], pixels.shape[1], config, bounds)
+    return item_of_grid(pixels, grid_of(pixels.shape[0], pixels.shape[1], config, bounds), config)
+
+
+def item_of_grid(pixels: UInt8[np.ndarray, "height width 3"], grid: tuple[int, int, int], config: VisionConfig) -> VisionItem:
+    """As `image_item`, of a grid that was chosen before."""
     height, width = (count * config.patch_size for count in grid[1:])
     if (height, width) != pixels.shape[:2]:
         pixels = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -124,7 +125,7 @@ class Mixture:
         for source, size in zip(self.sources, self.sizes, strict=True):
             if size.records < 1 or size.tokens < 1:
                 raise ConfigError(f"{source.path} has no records; leave it out or prepare it again.")
-        self._align = -(-align // BLOCK) * BLOCK
+        self._align = math.lcm(align, BLOCK)
         self._seed = seed
         self._records = np.array([size.records for size in self.sizes], np.int64)
         self._keys = np.array([key_of(seed, source.path) for source in self.sources], np.uint64)
@@ -162,16 +163,6 @@ class Mixture:
         stage = self.stages[self._stage_at(n)]
         inside = _counts_after(np.array(stage.rates), n - stage.start)
         return tuple(before + int(new) for before, new in zip(stage.counts, inside, strict=True))
-
-    def agrees_until(self, saved: Sequence[Stage]) -> int | None:
-        """The first draw that may differ from a mixture with these stages; None if all are equal."""
-        for ours, theirs in zip(self.stages, saved, strict=False):
-            if ours != theirs:
-                return min(ours.start, theirs.start)
-        if len(self.stages) == len(saved):
-            return None
-        shorter, longer = sorted((self.stages, tuple(saved)), key=len)
-        return longer[len(shorter)].start
 
     def _stage_at(self, n: int) -> int:
         low, high = 0, len(self.stages)
@@ -237,7 +228,7 @@ class Mixture:
         for number, limit in enumerate(self._limits):
             if limit is not None and counts[number] >= limit:
                 rates[number] = 0
-        return rates / rates.sum() if rates.any() else None
+        return rates / math.fsum(rates) if rates.any() else None  # `fsum`: sources of weight 0 do not even change its rounding
 
     def _tokens_per_draw(self, rates: np.ndarray) -> float:
         return float(sum(rate * size.tokens / size.records for rate, size in zip(rates, self.sizes, strict=True)))

@@ -1,59 +1,46 @@
-"""Rows into batches. Batch k is a function of the data, the configuration and k: to continue a run is to know its step.
-
-All documents are measured once, when the data is opened; the rows are planned from the sizes and stay the same in every
-epoch, only their order changes. So batch k needs to read no more than the documents of its own rows.
-"""
+"""Planned rows into batches. A process makes the rows of its own devices; Grain reads ahead."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+import functools
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
+from jaxtyping import Int
 
 from interns1pro_jax.config import ConfigError, ModelConfig
-from interns1pro_jax.data.encoding import DocumentEncoder, Tokens
-from interns1pro_jax.data.packing import Row, RowSize, plan_rows
-from interns1pro_jax.data.quarantine import Quarantine
-from interns1pro_jax.data.records import DataError, Document
+from interns1pro_jax.data.examples import Example, Record, StoredSignal
+from interns1pro_jax.data.packing import RowSize
+from interns1pro_jax.data.plan import BatchPlan, PlannedRow
+from interns1pro_jax.data.quarantine import Fault, Quarantine
+from interns1pro_jax.data.records import DataError
 from interns1pro_jax.models.inputs import Batch, ModelInputs
 from interns1pro_jax.models.interns1pro import check_inputs
 from interns1pro_jax.models.time_series_inputs import Signal, pack_time_series
 from interns1pro_jax.models.vision_inputs import VisionItem, pack_vision
 from interns1pro_jax.ops.losses import IGNORED
 
-
-class DocumentSource(Protocol):
-    """Random access to documents; `records.DataError` from an item means that this document is damaged."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Document: ...
-
-    def name(self, index: int) -> str: ...
+# Records with several documents whose neighbours are likely to be wanted soon.
+_KEPT_RECORDS = 512
 
 
 @dataclasses.dataclass(frozen=True)
-class PipelineConfig:
-    """Attributes:
-    row: static size of a row; its `tokens` is the sequence length.
-    batch_size: rows in a batch.
-    seed: of the order of documents and rows.
-    max_bad_share: share of unusable documents beyond which the run stops.
+class ReadConfig:
+    """How batches are read; nothing of it changes them.
+
+    Attributes:
+      threads: that make batches at the same time.
+      ahead: batches that are made before they are asked for.
+      processes: processes that share the work instead of threads of this one; for media, whose decoding is Python's bottleneck.
     """
 
-    row: RowSize
-    batch_size: int = 8
-    seed: int = 0
-    max_bad_share: float = 0.01
-
-    def __post_init__(self) -> None:
-        if self.row.tokens < 1 or self.batch_size < 1:
-            raise ConfigError(f"row.tokens={self.row.tokens} and batch_size={self.batch_size} must be positive.")
-        if self.row.signal_pairs % 2:
-            raise ConfigError(f"row.signal_pairs={self.row.signal_pairs} must be even: two pairs make a token.")
+    threads: int = 2
+    ahead: int = 2
+    processes: int = 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -77,8 +64,36 @@ class AssembledRow:
         place = slice(start, start + len(tokens))
         self.tokens[place] = tokens
         self.labels[place] = labels
-        self.positions[place] = np.arange(len(tokens))
+        self.positions[place] = _count(len(tokens))
         self.segment_ids[place] = segment
+
+    def put_record(self, record: Record) -> None:
+        """Places all documents of a record as segments 1, 2, ..."""
+        length = len(record.ids)
+        self.tokens[:length] = record.ids
+        self.labels[:length] = record.labels
+        np.subtract(_count(length), np.repeat(record.starts().astype(np.int32), record.lengths), out=self.positions[:length])
+        self.segment_ids[:length] = np.repeat(_count(len(record.lengths)) + 1, record.lengths)
+
+    def put_media(self, media: Sequence[Any], model: ModelConfig) -> None:
+        """Adds the media of a document, decoded."""
+        for medium in media:
+            if isinstance(medium, StoredSignal):
+                self.signals.append(medium.signal())
+            elif model.vision is None:
+                raise ConfigError("the data has images, but the model has no vision tower; set ModelConfig.vision.")
+            else:
+                self.images.append(medium.item(model.vision))
+
+
+@functools.lru_cache(maxsize=8)
+def _arange(length: int) -> np.ndarray:
+    return np.arange(length, dtype=np.int32)
+
+
+def _count(length: int) -> np.ndarray:
+    """0, 1, ..., length - 1; a view of one array per power of two."""
+    return _arange(1 << max(length - 1, 0).bit_length())[:length]
 
 
 def collate(rows: Sequence[AssembledRow], row: RowSize, model: ModelConfig) -> Batch:
@@ -101,107 +116,167 @@ def collate(rows: Sequence[AssembledRow], row: RowSize, model: ModelConfig) -> B
     return Batch(inputs, labels)
 
 
-class PackedData:
-    """Documents as rows and batches: `data[k]` is batch k, for any k, epoch after epoch.
+def row_of_examples(examples: Sequence[Example], length: int, model: ModelConfig) -> AssembledRow:
+    """A row of whole documents."""
+    row, start = AssembledRow.empty(length), 0
+    for segment, example in enumerate(examples, start=1):
+        row.put(start, example.ids, example.labels(), segment)
+        row.put_media(example.media, model)
+        start += len(example.ids)
+    return row
+
+
+class LocalBatch(NamedTuple):
+    """A process's rows of a batch, and what could not be read for them: of `records` records."""
+
+    batch: Batch
+    faults: tuple[Fault, ...]
+    records: int
+
+
+class RowReader:
+    """Makes planned rows. Can be pickled.
 
     Args:
-      source: the documents.
-      encoder: for the model's tokens and media.
-      model: the model that reads the batches.
-      config: sizes and order.
-      labels: which tokens of a document are labels.
-
-    Attributes:
-      sizes: what each usable document needs, by index.
-      rows: the plan; together they hold every usable document once.
-      label_counts: how often each token is a label in one epoch [V], for `unigram`.
-      quarantine: documents that were set aside, and why.
-
-    Raises:
-      DataError: no usable document, or too many unusable ones.
-      ConfigError: the model has too small a vocabulary, or no tower for a medium of the documents.
+      plan: of the batches.
+      places: which rows of a batch are wanted.
+      model: that reads them.
+      prefixes: tokens of each source's system prompt, put before each of its documents.
     """
 
-    def __init__(
-        self,
-        source: DocumentSource,
-        encoder: DocumentEncoder,
-        model: ModelConfig,
-        config: PipelineConfig,
-        labels: Callable[[Tokens], np.ndarray] = Tokens.labels,
-    ):
-        if encoder.tokenizer.vocab_size > model.text.vocab_size:
-            raise ConfigError(
-                f"the tokenizer has {encoder.tokenizer.vocab_size} ids, more than the model's vocab_size={model.text.vocab_size}."
-            )
-        self._source, self._encoder, self._model, self._config, self._labels = source, encoder, model, config, labels
-        self.quarantine = Quarantine(len(source), config.max_bad_share)
-        self.label_counts = np.zeros(model.text.vocab_size, np.int64)
-        measured = ((index, self._measure(index)) for index in range(len(source)))
-        self.sizes = {index: size for index, size in measured if size is not None}
-        if not self.sizes:
-            raise DataError(f"none of {len(source)} documents can be used; prepare the data again or make rows larger than {config.row}.")
-        self.rows = plan_rows(self.sizes, config.row, config.seed)
-        self._batches = (
-            grain.MapDataset.source(self.rows)
-            .seed(config.seed)
-            .shuffle()
-            .repeat()
-            .map(self.assemble)
-            .batch(config.batch_size, batch_fn=self._collate)
-        )
+    def __init__(self, plan: BatchPlan, places: Int[np.ndarray, " local"], model: ModelConfig, prefixes: Sequence[np.ndarray]):
+        self._plan, self._places, self._model, self._prefixes = plan, places, model, prefixes
+        self._kept: OrderedDict[tuple[int, int], Record] = OrderedDict()
 
-    @property
-    def rows_per_epoch(self) -> int:
-        return len(self.rows)
+    def __call__(self, step: int) -> LocalBatch:
+        """This process's part of batch `step`."""
+        planned = self._plan.batch(step)
+        faults: list[Fault] = []
+        rows = [self.assemble(planned[place], faults) for place in self._places]
+        records = sum(len({piece[:2] for piece in planned[place].pieces}) for place in self._places)
+        return LocalBatch(collate(rows, self._plan.config.row, self._model), tuple(faults), records)
+
+    def assemble(self, planned: PlannedRow, faults: list[Fault]) -> AssembledRow:
+        """The arrays of a row. What cannot be read leaves padding behind and is added to `faults`."""
+        row = AssembledRow.empty(self._plan.config.row.tokens)
+        for source, number, document, size in planned.misfits:
+            name = f"{self._plan.sources[source].name(number)}, document {document}"
+            faults.append(Fault(name, "too large for a row", str(size.misfit(self._plan.config.row))))
+        start = 0
+        for segment, piece in enumerate(planned.pieces, start=1):
+            try:
+                record = self._read(piece.source, piece.record)
+                if piece.document is None:
+                    whole = AssembledRow.empty(self._plan.config.row.tokens)
+                    whole.put_record(record)
+                    whole.put_media([medium for _, medium in record.media], self._model)
+                    row = whole
+                else:
+                    self._put(row, start, segment, record, piece.document, piece.start, piece.stop, self._prefixes[piece.source])
+            except ConfigError:
+                raise  # the model is wrong for all documents of this kind, not the document for the model
+            except (DataError, ValueError) as error:
+                faults.append(
+                    Fault(self._plan.sources[piece.source].name(piece.record), getattr(error, "reason", "unusable record"), str(error))
+                )
+            start += piece.stop - piece.start
+        return row
+
+    def _put(
+        self, row: AssembledRow, at: int, segment: int, record: Record, document: int, start: int, stop: int, prefix: np.ndarray
+    ) -> None:
+        media = [medium for number, medium in record.media if number == document] if record.media else []
+        decoded = AssembledRow.empty(0)
+        decoded.put_media(media, self._model)  # before anything is placed: a broken medium takes its document along
+        first = int(record.lengths[:document].sum())
+        place = slice(first, first + int(record.lengths[document]))
+        ids, labels = record.ids[place], record.labels[place]
+        if len(prefix):
+            ids, labels = np.concatenate([prefix, ids]), np.concatenate([np.full(len(prefix), IGNORED, np.int32), labels])
+        row.put(at, ids[start:stop], labels[start:stop], segment)
+        row.images.extend(decoded.images)
+        row.signals.extend(decoded.signals)
+
+    def _read(self, source: int, number: int) -> Record:
+        key = (source, number)
+        if (kept := self._kept.get(key)) is not None:
+            return kept
+        record = self._plan.sources[source][number]
+        if len(record.lengths) > 1 and not record.media:
+            self._kept[key] = record
+            while len(self._kept) > _KEPT_RECORDS:
+                self._kept.popitem(last=False)
+        return record
+
+
+class Batches:
+    """The batches of a run, or this process's part of them: `batches[k]` for any k, fastest in order.
+
+    Args:
+      reader: makes them.
+      plan: that the reader follows.
+      reading: threads and read-ahead.
+      steps: how many batches there may be asked for.
+
+    Attributes:
+      quarantine: records that could not be used, and why.
+    """
+
+    def __init__(self, reader: RowReader, plan: BatchPlan, reading: ReadConfig, steps: int = 2**40):
+        self._reader, self._plan, self._reading, self._steps = reader, plan, reading, steps
+        self._iterator: Iterator[LocalBatch] | None = None
+        self._next = -1
+        self.quarantine = Quarantine(plan.config.max_bad_share)
 
     def __getitem__(self, step: int) -> Batch:
-        """Batch `step`, from 0."""
-        return self._batches[step]
+        """Batch `step`, from 0.
 
-    def in_order(self) -> Iterator[Batch]:
-        """Every row once, in the order of the plan; the last batch is filled up with empty rows. A batch is made when it is asked for."""
-        size = self._config.batch_size
-        for start in range(0, len(self.rows), size):
-            rows = [self.assemble(row) for row in self.rows[start : start + size]]
-            yield self._collate(rows + [AssembledRow.empty(self._config.row.tokens)] * (size - len(rows)))
+        Raises:
+          DataError: too large a share of the records cannot be used.
+        """
+        if step != self._next or self._iterator is None:
+            self.close()
+            self._iterator = self._iterate(step)
+        local = next(self._iterator)
+        self._next = step + 1
+        self.quarantine.read(local.records, local.faults)
+        return local.batch
 
-    def assemble(self, row: Row) -> AssembledRow:
-        """The arrays of a planned row. A document that has become unreadable since it was measured leaves padding behind."""
-        out = AssembledRow.empty(self._config.row.tokens)
-        start = 0
-        for segment, piece in enumerate(row, start=1):
-            read = self._read(piece.document)
-            if read is not None:
-                document, tokens = read
-                part = slice(piece.start, piece.stop)
-                out.put(start, tokens.ids[part], self._labels(tokens)[part], segment)
-                out.images.extend(self._encoder.images(document))
-                out.signals.extend(tokens.signals)
-            start += piece.stop - piece.start
-        return out
+    def close(self) -> None:
+        """Ends reading ahead."""
+        if self._iterator is not None and hasattr(self._iterator, "close"):
+            self._iterator.close()
+        self._iterator = None
 
-    def _collate(self, rows: Sequence[AssembledRow]) -> Batch:
-        return collate(rows, self._config.row, self._model)
+    def state(self, step: int) -> dict[str, Any]:
+        """See `BatchPlan.state`."""
+        return self._plan.state(step)
 
-    def _measure(self, index: int) -> RowSize | None:
-        read = self._read(index)
-        if read is None:
-            return None
-        tokens = read[1]
-        if reason := tokens.size.misfit(self._config.row):
-            self.quarantine.add(self._source.name(index), reason)
-            return None
-        labels = self._labels(tokens)
-        self.label_counts += np.bincount(labels[labels != IGNORED], minlength=len(self.label_counts))
-        return tokens.size
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """See `BatchPlan.restore`."""
+        self.close()
+        self._plan.restore(state)
 
-    def _read(self, index: int) -> tuple[Document, Tokens] | None:
-        try:
-            document = self._source[index]
-            return document, self._encoder.tokenize(document)
-        except ConfigError:
-            raise  # the model is wrong for all documents of this kind, not the document for the model
-        except (DataError, ValueError) as error:
-            self.quarantine.add(self._source.name(index), str(error))
-            return None
+    def metrics(self) -> dict[str, float]:
+        """Counts for the run's log."""
+        return self.quarantine.metrics()
+
+    def _iterate(self, start: int) -> Iterator[LocalBatch]:
+        options = grain.ReadOptions(num_threads=self._reading.threads, prefetch_buffer_size=self._reading.ahead)
+        data = grain.MapDataset.source(_Steps(start, self._steps)).map(self._reader).to_iter_dataset(options)
+        if self._reading.processes:
+            data = data.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._reading.processes))
+        return iter(data)
+
+
+class _Steps:
+    """The numbers of steps from `start` on."""
+
+    def __init__(self, start: int, stop: int):
+        self._start, self._stop = start, stop
+
+    def __len__(self) -> int:
+        return self._stop - self._start
+
+    def __getitem__(self, index: int) -> int:
+        return self._start + index

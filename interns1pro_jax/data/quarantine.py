@@ -1,54 +1,75 @@
-"""Documents that cannot be used are set aside by name and counted; too many of them stop the run."""
+"""Records that cannot be used are set aside by name and counted by reason; too many of them stop the run."""
 
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from interns1pro_jax.data.records import DataError
 
 _log = logging.getLogger(__name__)
-_NAMED = 10  # warnings; the names of the rest are in `Quarantine.reasons`
+_NAMED = 10  # warnings; the names of the rest are in `Quarantine.faults`
+_KEPT = 10_000
+# The share is taken of at least so many records, so that a bad one among the first few does not end the run.
+_FEWEST = 1000
+
+
+class Fault(NamedTuple):
+    """A record that cannot be used: where it is, the kind of its fault, and what is wrong in words."""
+
+    name: str
+    reason: str
+    detail: str
 
 
 class Quarantine:
-    """Keeps the names of bad documents and why they are bad. Safe to use from several threads.
+    """What this process could not use.
 
     Args:
-      documents: how many documents there are in all.
-      max_share: the share of them that may be bad before `add` raises.
+      max_share: the share of the records read that may be bad before `read` raises.
+
+    Attributes:
+      faults: by name of the record.
     """
 
-    def __init__(self, documents: int, max_share: float):
-        self._documents = documents
+    def __init__(self, max_share: float):
         self._max_share = max_share
-        self._reasons: dict[str, str] = {}
-        self._lock = threading.Lock()
+        self._records = 0
+        self._reasons: Counter[str] = Counter()
+        self.faults: dict[str, Fault] = {}
 
-    def add(self, name: str, reason: str) -> None:
-        """Sets a document aside; one that fails again counts once.
+    def read(self, records: int, faults: Sequence[Fault]) -> None:
+        """Counts records that were read, and sets those aside that failed; one that fails again counts once.
 
         Raises:
           DataError: more than the allowed share is bad.
         """
-        with self._lock:
-            if name in self._reasons:
-                return
-            self._reasons[name] = reason
-            bad = len(self._reasons)
-        _log.log(logging.WARNING if bad <= _NAMED else logging.DEBUG, "quarantined %s: %s", name, reason)
-        if bad > self._max_share * self._documents:
-            raise DataError(
-                f"{bad} of {self._documents} documents are bad, more than the allowed share {self._max_share:g}; the last is {name}: "
-                f"{reason} Repair the data, or raise max_bad_share if this is expected."
-            )
+        self._records += records
+        for fault in faults:
+            if fault.name in self.faults:
+                continue
+            if len(self.faults) < _KEPT:
+                self.faults[fault.name] = fault
+            self._reasons[fault.reason] += 1
+            bad = self._reasons.total()
+            _log.log(logging.WARNING if bad <= _NAMED else logging.DEBUG, "quarantined %s: %s", fault.name, fault.detail)
+            if bad > self._max_share * max(self._records, _FEWEST):
+                raise DataError(
+                    f"{bad} of {self._records} records are bad ({self._list()}), more than the allowed share {self._max_share:g}; "
+                    f"the last is {fault.name}: {fault.detail} Repair the data, or raise max_bad_share if this is expected."
+                )
 
     @property
-    def reasons(self) -> Mapping[str, str]:
-        """Why, by document."""
+    def reasons(self) -> Mapping[str, int]:
+        """Records set aside, by reason."""
         return dict(self._reasons)
 
     def metrics(self) -> dict[str, float]:
         """Counts for the run's log."""
-        return {"data/documents": float(self._documents), "data/quarantined": float(len(self._reasons))}
+        by_reason = {f"data/quarantined/{reason.replace(' ', '_')}": float(count) for reason, count in self._reasons.items()}
+        return {"data/records": float(self._records), "data/quarantined": float(self._reasons.total()), **by_reason}
+
+    def _list(self) -> str:
+        return ", ".join(f"{count} {reason}" for reason, count in self._reasons.most_common())

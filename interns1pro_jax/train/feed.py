@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -19,8 +19,34 @@ class Batches(Protocol):
     def __getitem__(self, step: int, /) -> Any: ...
 
 
-def place_batch(batch: Any) -> Any:
+class DataPlace(Protocol):
+    """What the batches of a run keep in its checkpoints, and tell its log."""
+
+    def state(self, step: int) -> Mapping[str, Any]:
+        """JSON that takes `restore` to where `step` batches have been used."""
+        ...
+
+    def restore(self, state: Mapping[str, Any]) -> None: ...
+
+    def metrics(self) -> Mapping[str, float]: ...
+
+
+def local_rows(batch_size: int) -> np.ndarray:
+    """The rows of a batch that are on devices of this process, in the mesh in force."""
+    mesh = jax.sharding.get_mesh()
+    sharding.check_divisible("batch", (batch_size,), ("batch",))
+    rows = np.arange(batch_size)
+    places = jax.NamedSharding(mesh, sharding.spec("batch")).addressable_devices_indices_map((batch_size,))
+    return np.unique(np.concatenate([rows[index] for index in places.values()]))
+
+
+def place_batch(batch: Any, rows: np.ndarray | None = None, batch_size: int | None = None) -> Any:
     """Puts each array of a batch on the mesh in force, split along its first axis; each process puts the part of its devices.
+
+    Args:
+      batch: arrays of all rows, or of some.
+      rows: which ones they are, in growing order, at least the process's `local_rows`; default all.
+      batch_size: how many rows there are in all processes together.
 
     Raises:
       ConfigError: a first axis does not divide over the mesh.
@@ -28,9 +54,18 @@ def place_batch(batch: Any) -> Any:
     mesh = jax.sharding.get_mesh()
 
     def put(x: np.ndarray) -> jax.Array:
+        shape = np.shape(x) if rows is None or batch_size is None or not np.ndim(x) else (batch_size, *np.shape(x)[1:])
         dims = ("batch", *(None,) * (np.ndim(x) - 1)) if np.ndim(x) else ()
-        sharding.check_divisible("batch array", np.shape(x), dims)
-        return jax.make_array_from_callback(np.shape(x), jax.NamedSharding(mesh, sharding.spec(*dims)), lambda index: np.asarray(x)[index])
+        sharding.check_divisible("batch array", shape, dims)
+
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            if rows is None or not index:
+                return np.asarray(x)[index or ()]
+            first, *rest = index
+            wanted = np.searchsorted(rows, np.arange(*first.indices(shape[0])))
+            return np.asarray(x)[wanted][(slice(None), *rest)]
+
+        return jax.make_array_from_callback(shape, jax.NamedSharding(mesh, sharding.spec(*dims)), part)
 
     return jax.tree.map(put, batch)
 

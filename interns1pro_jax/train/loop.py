@@ -1,7 +1,7 @@
 """The training loop: feeds batches, records metrics, saves, stops and continues. It knows no model.
 
-Exactness: batch n is a function of n, the step is a pure function, and a checkpoint holds all state. So a run that is killed at
-any moment and started again gives the losses of a run that was not, to the bit.
+Exactness: batch n is a function of n, the step is a pure function, and a checkpoint holds all state and the place in the data.
+So a run that is killed at any moment and started again gives the losses of a run that was not, to the bit.
 
 Speed: batches are prepared by a thread, and the metrics of a step are fetched while the next one runs. Only an evaluation and
 the start of a save wait for the device.
@@ -25,7 +25,7 @@ from rich.console import Console
 
 from interns1pro_jax.checkpoint.manager import CheckpointManager, check_writable
 from interns1pro_jax.config import ConfigError
-from interns1pro_jax.train.feed import Batches, Feed, place_batch
+from interns1pro_jax.train.feed import Batches, DataPlace, Feed, place_batch
 from interns1pro_jax.train.metrics import JsonLines, TensorBoard, Writer
 from interns1pro_jax.train.progress import Progress
 from interns1pro_jax.train.recorder import Metrics, Recorder
@@ -94,6 +94,7 @@ def train(
     *,
     workdir: Path,
     checkpoints: CheckpointManager,
+    data: DataPlace | None = None,
     evaluate: Evaluate | None = None,
     place: Callable[[Any], Any] = place_batch,
     writers: Callable[[Path], Sequence[Writer]] = default_writers,
@@ -107,6 +108,7 @@ def train(
         at every step) and small arrays (the last ones are kept in `arrays.npz`), with at least `loss`, `tokens`, `grad_norm`,
         `learning_rate` and `finite`.
       batches: batch n as `batches[n]`; a pytree of NumPy arrays.
+      data: the place of the batches, where it takes more than the step to find it again.
       evaluate: scalars of the state, recorded as `eval/...`.
       place: puts a host batch on the mesh.
       writers: destinations of scalars; they are used by the first process only.
@@ -123,7 +125,9 @@ def train(
     console = console or Console(quiet=not main)
     restored = checkpoints.latest_step is not None
     if restored:
-        state = _restore(state, checkpoints)
+        state, extras = _restore(state, checkpoints)
+        if data is not None:
+            data.restore(extras["data"])
     start = int(state.step)
     if start > config.steps:
         raise ConfigError(
@@ -142,7 +146,7 @@ def train(
         for index, host_batch, batch in stack.enter_context(Feed(batches, range(start, config.steps), place, config.prefetch)):
             state, metrics = step_fn(state, batch)
             done = index + 1
-            recorder.submit(done, metrics, host_batch)
+            recorder.submit(done, metrics, host_batch, data.metrics() if data is not None else {})
             stopping, last = stop.requested(done), done == config.steps
             evaluating = evaluate is not None and (last or _divides(config.evaluate_every, done))
             saving = last or stopping or _divides(config.checkpoint_every, done)
@@ -152,7 +156,7 @@ def train(
                 # A record is on disk before the checkpoint of its step, so that a continued run has the records of all steps.
                 recorder.finish(functools.partial(evaluate, state) if evaluating and evaluate else None)
             if saving:
-                checkpoints.save(done, state)
+                checkpoints.save(done, state, {"data": data.state(done)} if data is not None else None)
                 saved_at = time.monotonic()
             if evaluating or saving:
                 recorder.restart_clock()
@@ -165,13 +169,15 @@ def train(
     return state
 
 
-def _restore(state: TrainState, checkpoints: CheckpointManager) -> TrainState:
-    """The latest checkpoint in the shardings of `state`, whose arrays are given up first: there may be no room for both."""
+def _restore(state: TrainState, checkpoints: CheckpointManager) -> tuple[TrainState, Mapping[str, Any]]:
+    """The latest checkpoint in the shardings of `state`, and the JSON beside it. The arrays of `state` are given up first: there may
+    be no room for both."""
     abstract = abstract_state(state)
     for leaf in jax.tree.leaves(state):
         if isinstance(leaf, jax.Array):
             leaf.delete()
-    return checkpoints.restore(abstract).state
+    restored = checkpoints.restore(abstract)
+    return restored.state, restored.extras
 
 
 def _divides(every: int | None, step: int) -> bool:

@@ -29,7 +29,7 @@ class Recorder:
 
     def __init__(self, workdir: Path, writers: Sequence[Writer], progress: Progress, skip_nonfinite: int):
         self._workdir, self._writers, self._progress, self._skip = workdir, writers, progress, skip_nonfinite
-        self._pending: tuple[int, Metrics, Any] | None = None
+        self._pending: tuple[int, Metrics, Any, Mapping[str, float]] | None = None
         self._arrays: dict[str, np.ndarray] = {}
         self._tokens_seen = self._skipped_in_a_row = self._dumped = 0
         self._clock: float | None = None
@@ -50,11 +50,11 @@ class Recorder:
         """Leaves out of tokens/s the time that passed since the last record."""
         self._clock = time.monotonic()
 
-    def submit(self, step: int, metrics: Metrics, batch: Any) -> None:
-        """Takes over the metrics of a step that has just begun, and writes those of the step before."""
+    def submit(self, step: int, metrics: Metrics, batch: Any, host: Mapping[str, float] | None = None) -> None:
+        """Takes over the metrics of a step that has just begun, from the devices and from the host, and writes those of the step before."""
         for value in metrics.values():
             value.copy_to_host_async()
-        earlier, self._pending = self._pending, (step, metrics, batch)
+        earlier, self._pending = self._pending, (step, metrics, batch, host or {})
         if earlier is not None:
             self._record(*earlier)
 
@@ -69,11 +69,18 @@ class Recorder:
             if self._writers and self._arrays:
                 write_npz(self._workdir / ARRAYS, self._arrays)
 
-    def _record(self, step: int, metrics: Metrics, batch: Any, evaluate: Callable[[], Mapping[str, float]] | None = None) -> None:
+    def _record(
+        self,
+        step: int,
+        metrics: Metrics,
+        batch: Any,
+        host: Mapping[str, float],
+        evaluate: Callable[[], Mapping[str, float]] | None = None,
+    ) -> None:
         values = {name: np.asarray(value) for name, value in jax.device_get(dict(metrics)).items()}
         now = time.monotonic()
         self._tokens_seen += int(values["tokens"])
-        record = {name: float(value) for name, value in values.items() if value.ndim == 0} | {"tokens_seen": self._tokens_seen}
+        record = {name: float(value) for name, value in values.items() if value.ndim == 0} | {"tokens_seen": self._tokens_seen, **host}
         if self._clock is not None:
             record["tokens_per_second"] = float(values["tokens"]) / (now - self._clock)
         self._clock = now

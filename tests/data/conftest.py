@@ -4,11 +4,15 @@ import numpy as np
 import pytest
 
 from interns1pro_jax.config import ModelConfig, TextConfig, TimeSeriesConfig, VisionConfig
+from interns1pro_jax.data.corpus import Corpus
 from interns1pro_jax.data.encoding import DocumentEncoder
 from interns1pro_jax.data.image_processing import PixelBounds
+from interns1pro_jax.data.mixture import Source
 from interns1pro_jax.data.packing import RowSize
-from interns1pro_jax.data.pipeline import PipelineConfig
+from interns1pro_jax.data.plan import PipelineConfig
+from interns1pro_jax.data.preparation import PreparationConfig, write_documents
 from interns1pro_jax.data.records import Document, ImagePart, SignalPart, TextPart
+from interns1pro_jax.data.sources import sha256_of
 from interns1pro_jax.tokenizer.base import model_token_ids
 from interns1pro_jax.tokenizer.byte_bpe import ByteBpeTokenizer
 
@@ -67,5 +71,40 @@ def encoder(tokenizer, model):
 
 
 @pytest.fixture(scope="session")
+def examples(documents, encoder):
+    return [encoder.encode(document) for document in documents]
+
+
+@pytest.fixture(scope="session")
 def config():
-    return PipelineConfig(RowSize(128, patches=32, samples=700, signal_rows=240, signal_pairs=60, patch_width=6), batch_size=4, seed=5)
+    row = RowSize(128, patches=32, samples=700, signal_rows=240, signal_pairs=60, patch_width=6)
+    return PipelineConfig(row, batch_size=4, seed=5, block=64)
+
+
+KINDS = {"text": 150, "long": 8, "image": 60, "signal": 60}
+
+
+@pytest.fixture(scope="session")
+def directory(tmp_path_factory, encoder, config):
+    """Prepared sources of every kind: documents, one to a record and many to a record, and packed rows."""
+    root = tmp_path_factory.mktemp("prepared")
+    encoder.tokenizer.save(root / "tokenizer.json")
+    digest = sha256_of(root / "tokenizer.json")
+    for kind, count in KINDS.items():
+        made = [make_document(number, kind) for number in range(count)]
+        write_documents(str(root / "documents" / kind), made, PreparationConfig("documents", config.row), encoder, digest)
+        write_documents(str(root / "chunks" / kind), made, PreparationConfig("documents", config.row, 300), encoder, digest)
+        write_documents(str(root / "rows" / kind), made, PreparationConfig("rows", config.row), encoder, digest)
+    return root
+
+
+@pytest.fixture
+def corpus(directory, config):
+    """A mixture of them, by the name of their form."""
+
+    def make(form="documents", kinds=("text", "long", "image", "signal"), **changes):
+        weights = {"text": 0.4, "long": 0.1, "image": 0.3, "signal": 0.2}
+        sources = [Source(f"{form}/{kind}", weights[kind]) for kind in kinds]
+        return Corpus("tokenizer.json", sources, config, str(directory), **changes)
+
+    return make

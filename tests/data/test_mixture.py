@@ -109,12 +109,22 @@ def test_nothing_comes_twice_before_everything_came_once():
 def test_a_change_of_weights_leaves_what_was_before_it():
     base = [CurriculumStage(4 * 10**7, {"code": 0.1})]
     old, new = make(curriculum=base), make(curriculum=[*base, CurriculumStage(9 * 10**7, {"protein": 0.6})])
-    first = new.agrees_until(old.stages)
-    assert first is not None and first % BLOCK == 0 and first > 10_000
+    first = new.stages[2].start
+    assert new.stages[:2] == old.stages and first % BLOCK == 0 and first > 10_000
     assert same(old.draws(0, first), new.draws(0, first))
     assert not same(old.draws(first, first + 1000), new.draws(first, first + 1000))
-    assert new.agrees_until(new.stages) is None
-    assert make([dataclasses.replace(SOURCES[0], weight=0.5), *SOURCES[1:]]).agrees_until(old.stages) == 0
+
+
+def test_a_source_that_is_to_come_later_changes_nothing_before():
+    sources = [*SOURCES, *(Source(f"new {i}", 0.0) for i in range(9))]
+    old, new = (
+        make(seed=4),
+        make(sources, SIZES + [SourceSize(10, 10)] * 9, seed=4, curriculum=[CurriculumStage(9 * 10**7, {"new 3": 0.6})]),
+    )
+    first = new.stages[1].start
+    a, b = old.draws(0, first), new.draws(0, first)
+    assert [old.sources[i].path for i in a.source] == [new.sources[i].path for i in b.source]
+    assert np.array_equal(a.record, b.record) and np.array_equal(a.epoch, b.epoch)
 
 
 def test_a_curriculum_changes_weights_at_its_tokens():

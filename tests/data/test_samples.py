@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from interns1pro_jax.data import prepared
-from interns1pro_jax.data.prepared import PreparedData
 from interns1pro_jax.data.records import DataError
 from interns1pro_jax.data.samples import molecules, packages, pictures, prepare, prose, signals
 from interns1pro_jax.data.samples.packages import PACKAGES, Sample
+from interns1pro_jax.data.samples.prepare import SPLITS, SampleData
+from interns1pro_jax.data.sources import read_examples
 
 from .conftest import make_document
 
@@ -56,7 +56,7 @@ def test_windows_of_a_recording_are_disjoint_and_have_equal_tokens(encoder):
         windows = list(signals._windows(recording, Licences()))
         assert len({sample.document.identifier for sample in windows}) == len(windows) > 3
         for _, document in windows:
-            (signal,) = encoder.tokenize(document).signals
+            signal = encoder.encode(document).media[0].signal()
             assert signal.tokens == 8 and signal.plan.patch <= 16
     assert "45 Hz (averaged from 360 Hz)" in windows[0].document.parts[2].text
 
@@ -121,23 +121,23 @@ def test_preparation_splits_by_group_and_repeats_nothing(reader, tmp_path):
     progress = []
     data = prepare.prepare(tmp_path, tmp_path, 320, lambda source, done: progress.append((source, done)))
     assert progress[-1] == ("text", 40)
-    groups = {
-        split: {int(source[i].identifier) // 4 for i in range(len(source))} for split in prepared.SPLITS if (source := data.source(split))
-    }
+    names = {split: [example.name for example in read_examples(str(tmp_path / split / "text"))] for split in SPLITS}
+    groups = {split: {int(name.partition(":")[2]) // 4 for name in found} for split, found in names.items()}
     assert groups["train"].isdisjoint(groups["validation"]) and len(groups["train"] | groups["validation"]) == 10
-    assert sum(data.counts["train"].values()) == len(data.source("train"))
+    assert data.counts == {split: {"text": len(found)} for split, found in names.items()}
     assert "| text |" in (tmp_path / "SOURCES.md").read_text()
     assert all(package.name in (tmp_path / "SOURCES.md").read_text() for package in packages.PACKAGES)
 
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     again = prepare.prepare(tmp_path, tmp_path, 320, lambda *_: pytest.fail("read again"))
-    assert again == PreparedData.open(tmp_path)
+    assert again == SampleData.open(tmp_path)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 def test_damaged_or_outdated_data_is_prepared_again(reader, tmp_path):
     data = prepare.prepare(tmp_path, tmp_path, 320, lambda *_: None)
-    victim = tmp_path / data.files["train"][0].name
+    assert data.is_whole()
+    (victim,) = (tmp_path / "train/text/shards").iterdir()
     good = victim.read_bytes()
     victim.write_bytes(good[:-1])
     prepare.prepare(tmp_path, tmp_path, 320, lambda *_: None)
@@ -150,5 +150,5 @@ def test_missing_documents_stop_the_preparation_and_leave_nothing_that_looks_com
     reader.broken = True
     with pytest.raises(DataError, match="text: 39 documents were found, 40 expected"):
         prepare.prepare(tmp_path, tmp_path, 321, lambda *_: None)
-    with pytest.raises(DataError, match="holds no prepared data"):
-        PreparedData.open(tmp_path)
+    with pytest.raises(DataError, match="holds no sample data"):
+        SampleData.open(tmp_path)

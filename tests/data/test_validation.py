@@ -5,10 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 
+from interns1pro_jax.config import ConfigError
 from interns1pro_jax.data.packing import RowSize
-from interns1pro_jax.data.records import Document, SignalPart, TextPart
-from interns1pro_jax.data.sources import DocumentList
-from interns1pro_jax.data.validation import ablation, prompts
+from interns1pro_jax.data.records import DataError, Document, SignalPart, TextPart
+from interns1pro_jax.data.unigram import unigram_loss
+from interns1pro_jax.data.validation import PackedExamples, ablation, prompts
 from interns1pro_jax.models.interns1pro import check_inputs
 from interns1pro_jax.tokenizer import base
 
@@ -19,11 +20,11 @@ def labels_of(data):
 
 
 @pytest.mark.parametrize("medium", ["image", "signal"])
-def test_only_the_medium_changes(documents, encoder, model, config, medium):
-    result = ablation(DocumentList(documents), encoder, model, config, medium)
+def test_only_the_medium_changes(examples, documents, encoder, model, config, medium):
+    result = ablation(examples, model, config, medium)
     assert result.documents > 8
     for data in (result.intact, result.removed, result.swapped):
-        assert len(data.sizes) == result.documents
+        assert len(data.examples) == result.documents
         assert labels_of(data) == labels_of(result.intact)
     # Every caption is there, and nothing before the medium.
     single = [d for d in documents if d.source == medium]
@@ -32,9 +33,9 @@ def test_only_the_medium_changes(documents, encoder, model, config, medium):
         assert labels_of(result.intact) == sorted(captions)
 
 
-def test_an_image_is_greyed_or_another_documents(documents, encoder, model, config):
-    images = [d for d in documents if d.source == "image"]
-    result = ablation(DocumentList(images), encoder, model, config, "image")
+def test_an_image_is_greyed_or_another_documents(examples, model, config):
+    images = [example for example in examples if example.name.startswith("image")]
+    result = ablation(images, model, config, "image")
     variants = [list(data.in_order()) for data in (result.intact, result.removed, result.swapped)]
     for intact, removed, swapped in zip(*variants, strict=True):
         for name in ("tokens", "positions", "segment_ids"):
@@ -48,16 +49,16 @@ def test_an_image_is_greyed_or_another_documents(documents, encoder, model, conf
     assert np.array_equal(*(np.sort(patches.sum(-1)) for patches in all_patches))
 
 
-def test_a_signal_is_silenced(documents, encoder, model, config):
-    result = ablation(DocumentList(documents), encoder, model, config, "signal")
+def test_a_signal_is_silenced(examples, model, config):
+    result = ablation(examples, model, config, "signal")
     assert all((batch.inputs.time_series.values == 0).all() for batch in result.removed.in_order())
     assert not any((batch.inputs.time_series.values == 0).all() for batch in result.swapped.in_order() if (batch.labels != -100).any())
 
 
 @pytest.mark.parametrize("medium", ["image", "signal"])
-def test_without_partners_there_is_no_ablation(documents, encoder, model, config, medium):
-    assert ablation(DocumentList([d for d in documents if d.source == medium][:1]), encoder, model, config, medium) is None
-    assert ablation(DocumentList([d for d in documents if d.source == "text"]), encoder, model, config, medium) is None
+def test_without_partners_there_is_no_ablation(examples, model, config, medium):
+    assert ablation([e for e in examples if e.name.startswith(medium)][:1], model, config, medium) is None
+    assert ablation([e for e in examples if e.name.startswith("text")], model, config, medium) is None
 
 
 def test_a_medium_that_does_not_fit_into_the_partners_row_is_not_swapped(encoder, model, config):
@@ -65,21 +66,21 @@ def test_a_medium_that_does_not_fit_into_the_partners_row_is_not_swapped(encoder
         samples = np.random.default_rng(number).normal(size=(40, channels)).astype(np.float32)
         return Document((SignalPart(samples, 10.0, "V"), TextPart(f"{number}")), "signal", "CC0-1.0", str(number))
 
-    row = dataclasses.replace(config.row, samples=encoder.tokenize(document(0, 2)).size.samples)
-    data = DocumentList([document(number, channels) for number, channels in enumerate((1, 2, 1, 9))])
-    result = ablation(data, encoder, model, dataclasses.replace(config, row=row), "signal")
+    row = dataclasses.replace(config.row, samples=encoder.encode(document(0, 2)).size.samples)
+    data = [encoder.encode(document(number, channels)) for number, channels in enumerate((1, 2, 1, 9))]
+    result = ablation(data, model, dataclasses.replace(config, row=row), "signal")
     assert 0 < result.documents < 3
     assert labels_of(result.intact) == labels_of(result.removed) == labels_of(result.swapped)
 
 
-def test_a_prompt_and_its_reference_are_the_document(documents, encoder, model, config, tokenizer):
-    chosen = [documents[i] for i in (0, 20, 32, 44, 48)]
+def test_a_prompt_and_its_reference_are_the_document(examples, model, config, tokenizer):
+    chosen = [examples[i] for i in (0, 20, 32, 44, 48)]
     row = dataclasses.replace(config.row, tokens=96)
-    result = prompts(chosen, encoder, model, row, text_tokens=5, reference_tokens=10**6)
+    result = prompts(chosen, tokenizer, model, row, text_tokens=5, reference_tokens=10**6)
     check_inputs(model, result.inputs)
     assert result.inputs.tokens.shape == (5, 96)
-    for number, document in enumerate(chosen):
-        assert result.shown[number] + result.references[number] == tokenizer.decode(encoder.tokenize(document).ids.tolist())
+    for number, example in enumerate(chosen):
+        assert result.shown[number] + result.references[number] == tokenizer.decode(example.ids.tolist())
         length = (result.inputs.segment_ids[number] > 0).sum()
         assert tokenizer.decode(result.inputs.tokens[number, :length].tolist()) == result.shown[number]
     assert len(tokenizer.encode(result.shown[0])) == 5
@@ -90,5 +91,34 @@ def test_a_prompt_and_its_reference_are_the_document(documents, encoder, model, 
 
 def test_a_text_only_prompt_needs_no_media(encoder, model):
     document = Document((TextPart("the wave of energy"),), "made", "CC0-1.0", "1")
-    result = prompts([document], encoder, model, RowSize(8), text_tokens=2)
+    result = prompts([encoder.encode(document)], encoder.tokenizer, model, RowSize(8), text_tokens=2)
     assert result.inputs.vision is None and result.inputs.time_series is None
+
+
+def test_every_label_is_counted_once(examples, model, config):
+    data = PackedExamples(examples, model, config)
+    assert not data.left_out and np.array_equal(np.bincount(labels_of(data), minlength=336), data.label_counts)
+
+
+def test_what_does_not_fit_is_named(examples, model, config):
+    narrow = dataclasses.replace(config, row=dataclasses.replace(config.row, samples=100))
+    left_out = PackedExamples(examples, model, narrow).left_out
+    assert left_out and all("too large for a row" in reason for reason in left_out.values())
+    with pytest.raises(DataError, match="none of 0 documents fits"):
+        PackedExamples([], model, config)
+    small = dataclasses.replace(model, text=dataclasses.replace(model.text, vocab_size=300))
+    with pytest.raises(ConfigError, match="vocab_size=300 is too small"):
+        PackedExamples(examples, small, config)
+
+
+def test_unigram_loss_is_the_mean_over_labels():
+    train, held_out = np.array([5, 0, 3, 0]), np.array([2, 1, 0, 0])
+    p = np.array([6, 1, 4, 1]) / 12
+    labels = [0, 0, 1]
+    assert unigram_loss(train, held_out) == pytest.approx(-np.mean([np.log(p[label]) for label in labels]))
+    uniform = np.full(8, 10**9)
+    assert unigram_loss(uniform, np.ones(8, int)) == pytest.approx(np.log(8))
+    with pytest.raises(ValueError, match="no held-out labels"):
+        unigram_loss(train, np.zeros(4, int))
+    with pytest.raises(ValueError, match="counts of 4 and 8"):
+        unigram_loss(train, uniform)

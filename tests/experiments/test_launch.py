@@ -54,8 +54,8 @@ def test_an_absent_recipe_is_named_with_those_there_are():
 
 
 def test_absent_data_ends_a_run_with_one_line(tmp_path):
-    launch.parse([str(launch.ROOT / "configs/recipes/demo.gin")], [f"PreparedCorpus.directory = '{tmp_path}'"])
-    with pytest.raises(SystemExit, match=rf"^error: {tmp_path} holds no prepared data"):
+    launch.parse([str(launch.ROOT / "configs/recipes/demo.gin")], [f"Corpus.directory = '{tmp_path}'"])
+    with pytest.raises(SystemExit, match=rf"^error: {tmp_path}/tokenizer\.json does not exist"):
         launch.run(tmp_path)
 
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from interns1pro_jax.checkpoint.manager import CheckpointError, CheckpointManager
 from interns1pro_jax.config import ConfigError
 from interns1pro_jax.sharding import make_mesh
-from interns1pro_jax.train.feed import Feed, place_batch
+from interns1pro_jax.train.feed import Feed, local_rows, place_batch
 from interns1pro_jax.train.loop import INTERRUPTED, Interrupted, LoopConfig, train
 from interns1pro_jax.train.metrics import JsonLines, read_arrays, read_records
 from interns1pro_jax.train.recorder import NonFiniteError
@@ -63,12 +63,20 @@ class Numbers:
         return {"x": np.full((8, 2), np.nan if step in self.poisoned else step, np.float32)}
 
 
-def run(workdir, steps=10, batches=None, identity=None, step=step_fn, output=None, evaluate=None, **config):
+def run(workdir, steps=10, batches=None, identity=None, step=step_fn, output=None, evaluate=None, data=None, **config):
     console = Console(file=output or io.StringIO(), force_terminal=False)
     with CheckpointManager(workdir / "checkpoints", identity or {}) as checkpoints:
         config = LoopConfig(steps=steps, **{"checkpoint_every": 4, "log_every": 5, **config})
         return train(
-            make_state(), step, batches or Numbers(), config, workdir=workdir, checkpoints=checkpoints, evaluate=evaluate, console=console
+            make_state(),
+            step,
+            batches or Numbers(),
+            config,
+            workdir=workdir,
+            checkpoints=checkpoints,
+            data=data,
+            evaluate=evaluate,
+            console=console,
         )
 
 
@@ -112,13 +120,49 @@ def test_every_step_is_done_once_in_order(tmp_path):
 def test_a_record_is_on_disk_before_the_checkpoint_of_its_step(tmp_path, monkeypatch):
     save, recorded = CheckpointManager.save, []
 
-    def spy(self, step, state):
+    def spy(self, step, state, extras=None):
         recorded.append((step, [step for step, *_ in losses(tmp_path)]))
         save(self, step, state)
 
     monkeypatch.setattr(CheckpointManager, "save", spy)
     run(tmp_path)
     assert recorded == [(step, list(range(1, step + 1))) for step in (4, 8, 10)]
+
+
+class Cursor:
+    """Data whose place is not its step."""
+
+    def __init__(self):
+        self.restored = None
+
+    def state(self, step):
+        return {"place": 7 * step}
+
+    def restore(self, state):
+        self.restored = state
+
+    def metrics(self):
+        return {"data/quarantined": 3.0}
+
+
+def test_the_place_in_the_data_is_saved_and_restored_and_its_counts_are_recorded(tmp_path):
+    first, second = Cursor(), Cursor()
+    run(tmp_path, steps=6, data=first)
+    run(tmp_path, steps=8, data=second)
+    assert first.restored is None and second.restored == {"place": 42}
+    assert all(record["data/quarantined"] == 3 for record in read_records(tmp_path))
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_part_of_a_batch_is_placed_as_the_whole_would_be(devices):
+    with jax.set_mesh(make_mesh(fsdp=devices)):
+        assert local_rows(16).tolist() == list(range(16))
+        batch = {"x": np.arange(32).reshape(16, 2), "y": np.float32(3)}
+        rows = np.arange(16)
+        whole, part = place_batch(batch), place_batch(batch, rows, 16)
+        assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all() and a.sharding == b.sharding, whole, part))
+        with pytest.raises(ConfigError if devices == 8 else IndexError):
+            place_batch({"x": batch["x"][:4]}, rows[:4], 12 if devices == 8 else 16)
 
 
 @pytest.mark.parametrize("fails_at", [1, 4, 5, 7, 8, 9])
@@ -205,7 +249,7 @@ def test_evaluations_stand_in_the_record_of_their_step(tmp_path):
 def test_saves_by_the_clock(tmp_path, monkeypatch, seconds, expected):
     saved = []
     save = CheckpointManager.save
-    monkeypatch.setattr(CheckpointManager, "save", lambda self, step, state: saved.append(step) or save(self, step, state))
+    monkeypatch.setattr(CheckpointManager, "save", lambda self, step, state, extras=None: saved.append(step) or save(self, step, state))
     run(tmp_path, steps=3, checkpoint_every=None, checkpoint_seconds=seconds)
     assert saved == expected
 

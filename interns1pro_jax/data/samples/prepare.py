@@ -1,4 +1,10 @@
-"""Makes prepared data of the downloaded packages: documents, split, record files, tokenizer, manifest."""
+"""Makes prepared sources of the downloaded packages: documents, split, tokenizer, and a source for each collection and split.
+
+tokenizer.json          trained on the training split
+train/SOURCE/           prepared sources (`data.sources`), and the same of the validation split in validation/
+samples.json            what all this was made of; written last
+SOURCES.md              where each part comes from, and under which licence
+"""
 
 from __future__ import annotations
 
@@ -9,19 +15,26 @@ import inspect
 import itertools
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from interns1pro_jax.data import image_processing, prepared, records
-from interns1pro_jax.data.prepared import SPLITS, PreparedData
+from interns1pro_jax.config import ModelConfig
+from interns1pro_jax.data import encoding, examples, image_processing, paths, preparation, records, sources
+from interns1pro_jax.data.encoding import DocumentEncoder
+from interns1pro_jax.data.image_processing import PixelBounds
+from interns1pro_jax.data.preparation import PreparationConfig, write_documents
 from interns1pro_jax.data.records import DataError, Document, TextPart
 from interns1pro_jax.data.samples import molecules, packages, pictures, prose, signals
 from interns1pro_jax.data.samples.packages import PACKAGES, Archives, Sample
-from interns1pro_jax.tokenizer import byte_bpe
+from interns1pro_jax.tokenizer import base, byte_bpe
 from interns1pro_jax.tokenizer.byte_bpe import ByteBpeTokenizer
 
+SPLITS = ("train", "validation")
+MANIFEST, TOKENIZER = "samples.json", "tokenizer.json"
 _READERS = (prose, molecules, pictures, signals)
-_RECORDS_PER_FILE = 4096
+# The demo's model is small: its images are, too.
+_BOUNDS = PixelBounds(1024, 9216)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +63,52 @@ EXPECTED = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class SampleData:
+    """Attributes:
+    directory: where everything is.
+    fingerprint: of all that decides the contents; equal fingerprints mean equal data.
+    counts: documents of each source in each split.
+    packages: where the data comes from, and under which licence.
+    """
+
+    directory: Path
+    fingerprint: str
+    counts: Mapping[str, Mapping[str, int]]
+    packages: Sequence[Mapping[str, Any]]
+
+    @classmethod
+    def open(cls, directory: Path) -> SampleData:
+        """Reads what `prepare` wrote.
+
+        Raises:
+          DataError: there is nothing, or it is not ours.
+        """
+        path = directory / MANIFEST
+        if not path.is_file():
+            raise DataError(f"{directory} holds no sample data; run: python -m tools.fetch_data --output {directory}")
+        try:
+            return cls(directory, **json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{path} is broken ({type(error).__name__}: {error}); delete it and prepare the data again.") from error
+
+    def save(self) -> None:
+        """Writes it; it is complete or absent."""
+        content = {"fingerprint": self.fingerprint, "counts": self.counts, "packages": self.packages}
+        paths.write_bytes(str(self.directory / MANIFEST), json.dumps(content, indent=1).encode())
+
+    def is_whole(self) -> bool:
+        """Whether all files are there as they were written; reads everything."""
+        if not (self.directory / TOKENIZER).is_file():
+            return False
+        try:
+            found = [sources.PreparedSource(str(self.directory / split / source)) for split in SPLITS for source in self.counts[split]]
+        except DataError:
+            return False
+        digest = sources.sha256_of(self.directory / TOKENIZER)
+        return not any(source.damaged() or source.manifest.tokenizer != digest for source in found)
+
+
 def split_of(group: str, validation_share: float) -> str:
     """The split of a group: a function of its name alone, so it never changes when documents come or go."""
     number = int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "big")
@@ -57,16 +116,16 @@ def split_of(group: str, validation_share: float) -> str:
 
 
 def fingerprint(vocab_size: int) -> str:
-    """Changes whenever the packages, the code that reads them, or the libraries that it uses do."""
-    code = [inspect.getsource(module) for module in (*_READERS, packages, records, byte_bpe, image_processing)]
-    code += [inspect.getsource(function) for function in (split_of, prepare, collect)]
+    """Changes whenever the packages, the code that reads and encodes them, or the libraries that it uses do."""
+    modules = (*_READERS, packages, records, encoding, examples, preparation, byte_bpe, image_processing)
+    code = [inspect.getsource(part) for part in (*modules, split_of, prepare, collect)]
     libraries = [importlib.metadata.version(name) for name in ("rdkit", "pymseed", "pillow", "tokenizers")]
     expected = {source: dataclasses.astuple(expectation) for source, expectation in EXPECTED.items()}
     return hashlib.sha256(json.dumps([code, libraries, expected, vocab_size]).encode()).hexdigest()
 
 
-def prepare(downloads: Path, output: Path, vocab_size: int, progress: Callable[[str, int], None]) -> PreparedData:
-    """Writes the prepared data of the packages in `downloads` to `output`; does nothing where it is there already.
+def prepare(downloads: Path, output: Path, vocab_size: int, progress: Callable[[str, int], None]) -> SampleData:
+    """Writes the prepared sources of the packages in `downloads` to `output`; does nothing where they are there already.
 
     Args:
       vocab_size: ids of the tokenizer, at most.
@@ -77,29 +136,27 @@ def prepare(downloads: Path, output: Path, vocab_size: int, progress: Callable[[
       ConfigError: a library for reading is missing.
     """
     wanted = fingerprint(vocab_size)
-    if (found := existing(output)) and found.fingerprint == wanted and not found.damaged():
+    if (found := existing(output)) and found.fingerprint == wanted and found.is_whole():
         return found
-    (output / prepared.MANIFEST).unlink(missing_ok=True)
+    (output / MANIFEST).unlink(missing_ok=True)
     for split in SPLITS:
         shutil.rmtree(output / split, ignore_errors=True)
 
     documents = collect(downloads, progress)
-    files = {
-        split: [
-            records.write_records(output, f"{split}/{source}-{number:05d}.array_record", part)
-            for source, splits in documents.items()
-            for number, part in enumerate(_parts(splits[split]))
-        ]
-        for split in SPLITS
-    }
     texts = (part.text for splits in documents.values() for d in splits["train"] for part in d.parts if isinstance(part, TextPart))
-    ByteBpeTokenizer.train(texts, vocab_size).save(output / prepared.TOKENIZER)
-    data = PreparedData(
+    tokenizer = ByteBpeTokenizer.train(texts, vocab_size)
+    tokenizer.save(output / TOKENIZER)
+    ids: dict[str, Any] = {**base.model_token_ids(tokenizer)}
+    encoder = DocumentEncoder(tokenizer, ModelConfig(**ids), _BOUNDS)
+    digest = sources.sha256_of(output / TOKENIZER)
+    config = PreparationConfig(sources.DOCUMENTS, row=None)
+    for split in SPLITS:
+        for source, splits in documents.items():
+            write_documents(str(output / split / source), splits[split], config, encoder, digest, wanted)
+    data = SampleData(
         output,
         fingerprint=wanted,
-        files=files,
         counts={split: {source: len(splits[split]) for source, splits in documents.items()} for split in SPLITS},
-        tokenizer_sha256=records.sha256_of(output / prepared.TOKENIZER),
         packages=[dataclasses.asdict(package) for package in PACKAGES],
     )
     (output / "SOURCES.md").write_text(describe(data))
@@ -107,10 +164,10 @@ def prepare(downloads: Path, output: Path, vocab_size: int, progress: Callable[[
     return data
 
 
-def existing(output: Path) -> PreparedData | None:
+def existing(output: Path) -> SampleData | None:
     """The prepared data in a directory, if there is any that can be read."""
     try:
-        return PreparedData.open(output)
+        return SampleData.open(output)
     except DataError:
         return None
 
@@ -137,7 +194,7 @@ def collect(downloads: Path, progress: Callable[[str, int], None]) -> dict[str, 
     return documents
 
 
-def describe(data: PreparedData) -> str:
+def describe(data: SampleData) -> str:
     """`SOURCES.md`: what the data is, where each part comes from, and under which licence."""
     lines = ["# Sources", "", "Prepared sample data. Each document also carries its source and licence in its record.", ""]
     lines += ["| source | training documents | validation documents |", "| --- | ---: | ---: |"]
@@ -152,8 +209,3 @@ def describe(data: PreparedData) -> str:
     ]
     lines += [f"| {p['name']} | {p['version']} | {p['licence']} | {p['origin']} | `{p['sha256']}` |" for p in data.packages]
     return "\n".join(lines) + "\n"
-
-
-def _parts(documents: list[Document]) -> Iterator[list[Document]]:
-    for start in range(0, len(documents), _RECORDS_PER_FILE):
-        yield documents[start : start + _RECORDS_PER_FILE]

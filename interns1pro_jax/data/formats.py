@@ -1,0 +1,171 @@
+"""The forms of a user's record, in JSON lines or Parquet, and how each becomes a document.
+
+    {"messages": [{"role": "user", "content": ...}, ...]}     a conversation; contents are strings or lists of items
+    {"content": [item, ...]}                                  text, images, videos and signals in reading order
+    {"text": "..."}                                           a plain document
+    {"fields": {"name": value, ...}}                          a structured record, for `transforms` to put into words
+
+Items are OpenAI's: {"type": "text", "text": ...}, {"type": "image_url", "image_url": {"url": ...}}, {"type": "video_url", ...}, and
+{"type": "time_series_url", "time_series_url": {"url": ..., "sampling_rate": ...}}. A URL is a path, relative to the directory of the
+file or absolute, or data:...;base64,.... Any record may have "id", "tags" and "licence". Everything else is an error with a reason, so
+that no misspelt key drops an image.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from interns1pro_jax.config import VisionConfig
+from interns1pro_jax.data import paths
+from interns1pro_jax.data.media.images import read_image
+from interns1pro_jax.data.media.signals import read_signal
+from interns1pro_jax.data.media.videos import read_video
+from interns1pro_jax.data.records import Document, ImagePart, Part, RejectedRecord, SignalPart, TextPart, VideoPart, turn
+
+FORMS = ("messages", "content", "text", "fields")
+ROLES = ("system", "user", "assistant", "tool")
+_COMMON = {"id", "tags", "licence"}
+_BAD_FORM = "not a known form"
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordReader:
+    """Makes documents of records.
+
+    Attributes:
+      source: name of the collection.
+      base: directory that relative URLs start from.
+      vision: tower that videos are sampled for; None refuses them.
+      system: a system message for conversations that have none.
+      licence: of records that do not name theirs.
+    """
+
+    source: str
+    base: str
+    vision: VisionConfig | None
+    system: str | None = None
+    licence: str = ""
+
+    def document(self, record: Mapping[str, Any], identifier: str) -> Document:
+        """The document of a record.
+
+        Raises:
+          RejectedRecord, MediaError: it cannot be used; `reason` is why.
+        """
+        if not isinstance(record, Mapping):
+            raise RejectedRecord(_BAD_FORM, f"a record is an object, not {type(record).__name__}.")
+        forms = [form for form in FORMS if form in record]
+        if len(forms) != 1:
+            raise RejectedRecord(_BAD_FORM, f"a record has one of {', '.join(FORMS)}, not {forms or sorted(record)}.")
+        if unknown := sorted(set(record) - _COMMON - {forms[0]}):
+            raise RejectedRecord(_BAD_FORM, f"unknown keys {unknown}; a record with {forms[0]!r} may have {', '.join(sorted(_COMMON))}.")
+        tags = record.get("tags", ())
+        if isinstance(tags, str) or not isinstance(tags, Sequence) or not all(isinstance(tag, str) for tag in tags):
+            raise RejectedRecord(_BAD_FORM, f"tags={tags!r} must be a list of strings.")
+        match forms[0]:
+            case "messages":
+                parts = self._conversation(record["messages"])
+            case "content":
+                parts = self._items(record["content"])
+            case "text":
+                parts = (TextPart(_text(record["text"], "text")),)
+            case _:
+                raise RejectedRecord(_BAD_FORM, "structured fields need a template that puts them into words; give --transform.")
+        licence = record.get("licence", self.licence)
+        return Document(parts, self.source, str(licence), str(record.get("id", identifier)), tuple(tags), forms[0] == "messages")
+
+    def _conversation(self, messages: Any) -> tuple[Part, ...]:
+        if not isinstance(messages, list) or not messages:
+            raise RejectedRecord(_BAD_FORM, "messages must be a list of at least one message.")
+        parts: tuple[Part, ...] = ()
+        for number, message in enumerate(messages):
+            role = message.get("role") if isinstance(message, Mapping) else None
+            if role not in ROLES or set(message) - {"role", "content", "loss"} or (role == "system" and number):
+                raise RejectedRecord(
+                    _BAD_FORM, f"message {number} must have a role of {', '.join(ROLES)} (system only first), a content, and nothing else."
+                )
+            if number == 0 and role != "system" and self.system is not None:
+                parts += turn("system", (TextPart(self.system),), False)
+            content = message.get("content")
+            contents: tuple[Part, ...] = (TextPart(content),) if isinstance(content, str) else self._items(content)
+            if role == "assistant" and not all(isinstance(part, TextPart) for part in contents):
+                raise RejectedRecord(_BAD_FORM, f"message {number}: an assistant writes text only.")
+            parts += turn(role, contents, role == "assistant" and message.get("loss", True) is not False)
+        if not any(message["role"] == "assistant" for message in messages):
+            raise RejectedRecord("nothing to learn", "no message is an assistant's.")
+        return parts
+
+    def _items(self, items: Any) -> tuple[Part, ...]:
+        if not isinstance(items, list) or not items:
+            raise RejectedRecord(_BAD_FORM, "a content must be a string or a list of at least one item.")
+        return tuple(self._item(number, item) for number, item in enumerate(items))
+
+    def _item(self, number: int, item: Any) -> Part:
+        kind = item.get("type") if isinstance(item, Mapping) else None
+        if kind == "text" and set(item) == {"type", "text"}:
+            return TextPart(_text(item["text"], f"item {number}"))
+        if kind not in ("image_url", "video_url", "time_series_url") or set(item) != {"type", kind} or not isinstance(item[kind], Mapping):
+            raise RejectedRecord(_BAD_FORM, f"item {number} is no text, image_url, video_url or time_series_url of the documented form.")
+        details = dict(item[kind])
+        url = _text(details.pop("url", None), f"item {number}, url")
+        content, suffix = self._fetch(url)
+        allowed = {"image_url": {"detail"}, "video_url": set(), "time_series_url": {"sampling_rate", "unit", "channels", "format"}}[kind]
+        if unknown := sorted(set(details) - allowed):
+            raise RejectedRecord(_BAD_FORM, f"item {number}: unknown keys {unknown} beside url.")
+        shown = url if not url.startswith("data:") else f"item {number}"
+        match kind:
+            case "image_url":
+                return ImagePart(read_image(content, name=shown), content)
+            case "video_url":
+                if self.vision is None:
+                    raise RejectedRecord("no tower", "the model has no vision tower for a video; drop the record.")
+                video = read_video(content, self.vision, name=shown)
+                return VideoPart(video.frames, tuple(video.seconds))
+            case _:
+                signal = read_signal(content, name=shown, **{"format": suffix, **details})
+                return SignalPart(signal.samples, signal.sampling_rate, signal.unit)
+
+    def _fetch(self, url: str) -> tuple[bytes, str]:
+        """The bytes behind a URL, and the suffix that names their format."""
+        if url.startswith("data:"):
+            header, _, encoded = url.partition(",")
+            if not header.endswith(";base64"):
+                raise RejectedRecord(_BAD_FORM, "a data: URL must be base64.")
+            try:
+                return base64.b64decode(encoded, validate=True), header.removesuffix(";base64").rpartition("/")[2]
+            except binascii.Error as error:
+                raise RejectedRecord("unreadable file", f"a data: URL is not base64 ({error}).") from error
+        if url.startswith(("http://", "https://")):
+            raise RejectedRecord("missing file", f"{url} is not fetched; download it and name the file.")
+        path = paths.join(self.base, url)
+        try:
+            return paths.read_bytes(path), path.rpartition(".")[2].lower()
+        except OSError as error:
+            raise RejectedRecord(
+                "missing file", f"{path} cannot be read ({error.strerror or error}); check the path in the record."
+            ) from error
+
+
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise RejectedRecord(_BAD_FORM, f"{where} must be a string, not {type(value).__name__}.")
+    if not value.strip():
+        raise RejectedRecord("empty", f"{where} has no characters.")
+    return value
+
+
+def parse_line(line: bytes) -> Any:
+    """A line of a JSON lines file.
+
+    Raises:
+      RejectedRecord: it is no JSON.
+    """
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise RejectedRecord("not JSON", f"{error}") from error
