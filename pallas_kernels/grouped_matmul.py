@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.chips import Chip, current_chip
@@ -78,11 +79,16 @@ def grouped_matmul_reference(
 
 def check_operands(lhs_MK: jax.Array, rhs_GKN: jax.Array, group_sizes_G: jax.Array, group_offset: int | jax.Array | None) -> None:
     """Raises ValueError or TypeError with what is wrong, what it is and what to do."""
+    check_shapes(lhs_MK, rhs_GKN, group_sizes_G, group_offset)
+    if lhs_MK.dtype not in (jnp.bfloat16, jnp.float32) or rhs_GKN.dtype != lhs_MK.dtype:
+        raise TypeError(f"lhs_MK and rhs_GKN must both be bfloat16 or both float32, got {lhs_MK.dtype} and {rhs_GKN.dtype}; cast them.")
+
+
+def check_shapes(lhs_MK: jax.Array, rhs_GKN: jax.Array, group_sizes_G: jax.Array, group_offset: int | jax.Array | None) -> None:
+    """Raises ValueError or TypeError if rows, matrices and sizes do not fit together, whatever the operands' dtypes."""
     for name, x, rank in (("lhs_MK", lhs_MK, 2), ("rhs_GKN", rhs_GKN, 3), ("group_sizes_G", group_sizes_G, 1)):
         if x.ndim != rank:
             raise ValueError(f"{name} must have rank {rank}, got shape {x.shape}.")
-    if lhs_MK.dtype not in (jnp.bfloat16, jnp.float32) or rhs_GKN.dtype != lhs_MK.dtype:
-        raise TypeError(f"lhs_MK and rhs_GKN must both be bfloat16 or both float32, got {lhs_MK.dtype} and {rhs_GKN.dtype}; cast them.")
     if not jnp.issubdtype(group_sizes_G.dtype, jnp.integer):
         raise TypeError(f"group_sizes_G must be integers, got {group_sizes_G.dtype}.")
     if lhs_MK.shape[1] != rhs_GKN.shape[1]:
@@ -100,9 +106,9 @@ def check_operands(lhs_MK: jax.Array, rhs_GKN: jax.Array, group_sizes_G: jax.Arr
             f"{groups} groups but {matrices} matrices; to use part of a stack, give group_offset and at least as many matrices."
         )
     if not isinstance(group_sizes_G, jax.core.Tracer):
-        total = int(group_sizes_G.sum())
-        if total != lhs_MK.shape[0] or int(group_sizes_G.min()) < 0:
-            raise ValueError(f"group_sizes_G must be rows that sum to M = {lhs_MK.shape[0]}, got {group_sizes_G} (sum {total}).")
+        sizes = np.asarray(group_sizes_G)  # a constant, also while something else is traced
+        if sizes.sum() != lhs_MK.shape[0] or sizes.min() < 0:
+            raise ValueError(f"group_sizes_G must be rows that sum to M = {lhs_MK.shape[0]}, got {sizes} (sum {sizes.sum()}).")
 
 
 Static = tuple[jnp.dtype, Chip, Interpret]

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-PACK = 16  # rows of a tile of bfloat16 in memory: where a copy may start
+PACK = 16  # rows of a tile of bfloat16 in memory: where a copy may start; the pack that blocks start at unless another is given
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,16 +39,16 @@ class BlockCost:
 
 
 @functools.cache
-def best_sums(sizes: tuple[int, ...], cost: BlockCost) -> np.ndarray:
-    """Cheapest block sizes whose sum covers 0, 16, 32, ... rows, as indices into `sizes`; -1 where a sum has ended.
+def best_sums(sizes: tuple[int, ...], cost: BlockCost, pack: int = PACK) -> np.ndarray:
+    """Cheapest block sizes whose sum covers 0, 1, 2, ... packs of rows, as indices into `sizes`; -1 where a sum has ended.
 
     Totals go up to the largest of which the best sum must be looked up: any rows beyond are cut off in blocks of the largest size.
     Shape [totals, blocks].
     """
-    packs = 3 * max(sizes) // PACK
+    packs = 3 * max(sizes) // pack
     total_cost, first = [0.0], [-1]
     for total in range(1, packs + 1):
-        options = [cost(size) + total_cost[max(0, total - size // PACK)] for size in sizes]
+        options = [cost(size) + total_cost[max(0, total - size // pack)] for size in sizes]
         best = int(np.argmin(options))
         total_cost.append(options[best])
         first.append(best)
@@ -57,7 +57,7 @@ def best_sums(sizes: tuple[int, ...], cost: BlockCost) -> np.ndarray:
         chosen = []
         while total > 0:
             chosen.append(first[total])
-            total -= sizes[first[total]] // PACK
+            total -= sizes[first[total]] // pack
         sums.append(sorted(chosen, key=lambda index: -sizes[index]))
     width = max(map(len, sums))
     return np.array([chosen + [-1] * (width - len(chosen)) for chosen in sums], np.int32)
@@ -69,6 +69,7 @@ class Cut:
 
     Attributes:
       sizes: rows of a block for which there is code.
+      pack: blocks start at multiples of as many rows.
       begin_G, end_G: rows of the group.
       blocks_G: number of blocks; 0 for a group without rows.
       whole_G: how many blocks of the largest size come first.
@@ -76,6 +77,7 @@ class Cut:
     """
 
     sizes: tuple[int, ...]
+    pack: int
     begin_G: jax.Array
     end_G: jax.Array
     blocks_G: jax.Array
@@ -96,26 +98,26 @@ class Cut:
         is_whole = index < whole
         before = jnp.where(is_whole, index * largest, whole * largest + jnp.take_along_axis(before_B, in_tail, -1)[..., 0])
         size = jnp.where(is_whole, self.sizes.index(largest), jnp.take_along_axis(tail, in_tail, -1)[..., 0])
-        return self.begin_G[group] // PACK * PACK + before, jnp.where(size >= 0, size, len(self.sizes))
+        return self.begin_G[group] // self.pack * self.pack + before, jnp.where(size >= 0, size, len(self.sizes))
 
 
-def cut_groups(group_sizes_G: jax.Array, sizes: tuple[int, ...], cost: BlockCost) -> Cut:
-    """Cuts each group into blocks that start at multiples of PACK, at the least cost.
+def cut_groups(group_sizes_G: jax.Array, sizes: tuple[int, ...], cost: BlockCost, pack: int = PACK) -> Cut:
+    """Cuts each group into blocks that start at multiples of `pack` rows, at the least cost.
 
     Args:
       group_sizes_G: rows of each group, int32.
-      sizes: rows of a block for which there is code, multiples of PACK.
+      sizes: rows of a block for which there is code, multiples of `pack`.
       cost: what a block costs.
     """
-    sums = best_sums(sizes, cost)
-    largest, reach = max(sizes) // PACK, sums.shape[0] - 1
+    sums = best_sums(sizes, cost, pack)
+    largest, reach = max(sizes) // pack, sums.shape[0] - 1
     end_G = jnp.cumsum(group_sizes_G)
     begin_G = end_G - group_sizes_G
-    packs_G = jnp.where(group_sizes_G > 0, -(-end_G // PACK) - begin_G // PACK, 0)
+    packs_G = jnp.where(group_sizes_G > 0, -(-end_G // pack) - begin_G // pack, 0)
     # Blocks of the largest size are cut off as long as more is left than the table reaches.
     whole_G = jnp.maximum(0, -(-(packs_G - reach) // largest))
     tail_GB = jnp.asarray(sums)[packs_G - whole_G * largest]
-    return Cut(sizes, begin_G, end_G, whole_G + (tail_GB >= 0).sum(1), whole_G, tail_GB)
+    return Cut(sizes, pack, begin_G, end_G, whole_G + (tail_GB >= 0).sum(1), whole_G, tail_GB)
 
 
 @jax.tree_util.register_dataclass
@@ -134,25 +136,25 @@ class RowBlocks:
     groups: jax.Array
 
 
-# Of each block: its first row (a multiple of PACK), index of its size, which of the groups in use it belongs to, rows to read
-# (a multiple of PACK), rows to write (likewise), rows at its head that belong to earlier groups.
+# Of each block: its first row (a multiple of a pack), index of its size, which of the groups in use it belongs to, rows to read
+# (likewise), rows to write (likewise), rows at its head that belong to earlier groups.
 START, SIZE, GROUP, READ, WRITE, HEAD = FIELDS = range(6)
 
 
-def cut_rows(group_sizes_G: jax.Array, num_rows: int, sizes: tuple[int, ...], cost: BlockCost) -> RowBlocks:
-    """The blocks of all groups. `num_rows` is a multiple of PACK; the groups' rows may fall short of it by less than that.
+def cut_rows(group_sizes_G: jax.Array, num_rows: int, sizes: tuple[int, ...], cost: BlockCost, pack: int = PACK) -> RowBlocks:
+    """The blocks of all groups. `num_rows` is a multiple of `pack`; the groups' rows may fall short of it by less than that.
 
     A pack that several groups share is read for each of them, and written with the last.
     """
-    cut = cut_groups(group_sizes_G, sizes, cost)
+    cut = cut_groups(group_sizes_G, sizes, cost, pack)
     last_G = jnp.cumsum(cut.blocks_G)
     block_P = jnp.arange(cut.max_blocks(num_rows))
     group_P = jnp.minimum((block_P[:, None] >= last_G).sum(1), group_sizes_G.size - 1)
     start_P, size_P = cut.block(group_P, block_P - (last_G - cut.blocks_G)[group_P])
     block_end_P = start_P + jnp.asarray((*sizes, 0))[size_P]
     end_P = cut.end_G[group_P]
-    read_P = jnp.minimum(block_end_P, -(-end_P // PACK) * PACK) - start_P
-    write_P = jnp.minimum(block_end_P, end_P // PACK * PACK) - start_P
+    read_P = jnp.minimum(block_end_P, -(-end_P // pack) * pack) - start_P
+    write_P = jnp.minimum(block_end_P, end_P // pack * pack) - start_P
     write_P = jnp.where(block_P == last_G[-1] - 1, read_P, write_P)
     head_P = jnp.maximum(cut.begin_G[group_P] - start_P, 0)
 

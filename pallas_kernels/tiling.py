@@ -5,18 +5,24 @@ What was found good by other means may be entered in TABLE, which is asked first
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
+from typing import TypeVar
 
+import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.chips import MIB, Chip
 from pallas_kernels.grouped_outer import SLICE, OuterTiling
 from pallas_kernels.grouped_product import ProductTiling
 from pallas_kernels.row_blocks import PACK, BlockCost, best_sums
+from pallas_kernels.scaled_product import PACK as SCALED_PACK
+from pallas_kernels.scaled_product import ScaledTiling
 
-# (chip, kernel, rows, depth, columns, groups, bytes of an operand's element) -> tiling; kernels: product, transposed, outer.
-TABLE: dict[tuple[str, str, int, int, int, int, int], ProductTiling | OuterTiling] = {}
+# (chip, kernel, rows, depth, columns, groups, bytes of an operand's element) -> tiling; kernels: product, transposed, outer, scaled,
+# scaled transposed.
+TABLE: dict[tuple[str, str, int, int, int, int, int], ProductTiling | OuterTiling | ScaledTiling] = {}
 
 # Sets of block sizes that cover any number of rows with little waste, fewest code first; by depth of the matrix units. Found by
 # search over random groups of 100 to 2,000 rows.
@@ -28,11 +34,18 @@ TRANSPOSED_BLOCKS = {
     128: ((64, 80, 128), (64, 80, 208, 256), (64, 96, 144, 256, 320, 448)),
     256: ((256, 352), (256, 288, 352, 416, 464), (256, 288, 304, 352, 384, 432, 496, 640)),
 }
+SCALED_BLOCKS = {
+    128: ((96, 128), (96, 128, 192, 256)),
+    256: ((128, 256), (128, 256, 384)),
+}
 OUTER_UNITS = (2, 3, 4)  # most rows of a block, in units of what the matrix units contract at once
 OUTER_STEP = 170  # cycles of a visit of a weight gradient besides filling and draining; read off compiled schedules
 STEP = 230  # cycles of a step besides its products; read off compiled schedules, as are the numbers below
 TYPICAL_SIZES = (0.4, 0.6, 0.8, 1.0, 1.3, 1.7)  # of groups, in units of their mean
 RESERVED = 3 * MIB  # of vector memory: for what the compiler spills
+
+
+Tiling = TypeVar("Tiling", ProductTiling, ScaledTiling)
 
 
 class DoesNotFit(ValueError):
@@ -132,6 +145,52 @@ def _outer_cycles(unit: int, units: int, cost: BlockCost, group_rows: float) -> 
     return float((cost.per_row * rows + cost.overhead * blocks).sum() / sum(TYPICAL_SIZES)), float(blocks.mean())
 
 
+def scaled_tiling(
+    chip: Chip, num_rows: int, depth: int, num_columns: int, num_groups: int, out_itemsize: int, *, transposed: bool
+) -> ScaledTiling:
+    """Tiling of `scaled_product` of [num_rows, depth] with [num_groups, depth, num_columns].
+
+    Raises:
+      DoesNotFit: not even one chunk of a matrix and the smallest block of rows do.
+    """
+    kernel = "scaled transposed" if transposed else "scaled"
+    key = (chip.name, kernel, num_rows, depth, num_columns, num_groups, 1)
+    if key in TABLE:
+        return TABLE[key]  # type: ignore[return-value]
+    return _scaled_tiling(chip, num_rows / num_groups, depth, num_columns, out_itemsize, transposed)
+
+
+@functools.cache
+def _scaled_tiling(chip: Chip, group_rows: float, depth: int, num_columns: int, out_itemsize: int, transposed: bool) -> ScaledTiling:
+    row_bytes = depth + 512 * -(-depth // 16384)  # scales take whole lines of 128 in memory
+    hbm = (group_rows * (row_bytes + num_columns * out_itemsize) + depth * num_columns) / chip.hbm
+    vectors = jnp.dtype(jnp.bfloat16 if chip.bf16_vectors else jnp.float32)
+    found: list[tuple[float, ScaledTiling]] = []
+    for panels in _panels(chip, num_columns):
+        panel = num_columns // panels
+        cost = _scaled_cost(chip, depth, panel, transposed)
+        columns = _largest_divisor(panel, 512)
+        for sizes in SCALED_BLOCKS[chip.depth]:
+            cycles, blocks = _group_cycles(sizes, cost, group_rows, SCALED_PACK)
+            seconds = cycles * (panels // chip.cores) / chip.clock
+            # As for products in bfloat16.
+            for ahead, results in itertools.product((1, 2, 3), (2, 3, 4, 6, 8)):
+                read_ahead = max(2, int(np.ceil(ahead * blocks)))
+                rows = (read_ahead + 1) * row_bytes + results * panel * out_itemsize + 2 * depth
+                memory = (ahead + 1) * panel * depth + max(sizes) * rows + SCALED_PACK * panel * out_itemsize + RESERVED
+                if memory <= chip.vmem:
+                    tiling = ScaledTiling(
+                        sizes, columns, panels, ahead + 1, read_ahead, results, chip.native_fp8, vectors, cost, chip.vmem - MIB
+                    )
+                    found.append((_with_imbalance(seconds, hbm, min(ahead, results / blocks)), tiling))
+        if found:
+            return _least_code(found)
+    raise DoesNotFit(
+        f"a grouped product with FP8 matrices [{depth}, {num_columns}] does not fit the {chip.vmem // MIB} MiB of vector memory of "
+        f"{chip.name}; split the contraction."
+    )
+
+
 def _with_imbalance(compute: float, transfers: float, groups_ahead: float) -> float:
     """Seconds of a group of mean size, when groups differ. Reading ahead evens out groups that are bound by compute and groups that are
     bound by transfers; the more alike the two are in the mean, the more is lost where it does not."""
@@ -139,7 +198,7 @@ def _with_imbalance(compute: float, transfers: float, groups_ahead: float) -> fl
     return longer + 0.1 * shorter * (shorter / longer) ** 2 / groups_ahead
 
 
-def _least_code(found: list[tuple[float, ProductTiling]]) -> ProductTiling:
+def _least_code(found: list[tuple[float, Tiling]]) -> Tiling:
     """Of the tilings within half a percent of the best the one with the least code."""
     best = min(seconds for seconds, _ in found)
     return min((t for seconds, t in found if seconds <= 1.005 * best), key=lambda t: (sum(t.block_rows), -t.results, -t.read_ahead))
@@ -171,13 +230,23 @@ def _product_cost(chip: Chip, depth: int, panel: int, itemsize: int, transposed:
     return BlockCost(per_row, chip.min_rows, overhead + 70, load=112 * per_row, load_per_row=0.59 * per_row)
 
 
-def _group_cycles(sizes: tuple[int, ...], cost: BlockCost, group_rows: float) -> tuple[float, float]:
+def _scaled_cost(chip: Chip, depth: int, panel: int, transposed: bool) -> BlockCost:
+    """As of products in bfloat16, or the time to dequantise, which runs beside them."""
+    of_products = _product_cost(chip, depth, panel, 2, transposed)
+    return dataclasses.replace(
+        of_products,
+        load=of_products.load + depth * panel / chip.dequantized,
+        load_per_row=of_products.load_per_row + depth / chip.dequantized,
+    )
+
+
+def _group_cycles(sizes: tuple[int, ...], cost: BlockCost, group_rows: float, pack: int = PACK) -> tuple[float, float]:
     """Modelled cycles and number of blocks of a group, the mean over groups of typical sizes."""
-    sums, cycles, blocks = best_sums(sizes, cost), 0.0, 0.0
+    sums, cycles, blocks = best_sums(sizes, cost, pack), 0.0, 0.0
     for factor in TYPICAL_SIZES:
-        packs = int(np.ceil(group_rows * factor / PACK + 0.5))
-        whole = max(0, -(-(packs - len(sums) + 1) // (max(sizes) // PACK)))
-        tail = [sizes[i] for i in sums[packs - whole * max(sizes) // PACK] if i >= 0]
+        packs = int(np.ceil(group_rows * factor / pack + 0.5))
+        whole = max(0, -(-(packs - len(sums) + 1) // (max(sizes) // pack)))
+        tail = [sizes[i] for i in sums[packs - whole * max(sizes) // pack] if i >= 0]
         cycles += whole * cost(max(sizes)) + sum(map(cost, tail))
         blocks += whole + len(tail)
     return cycles / sum(TYPICAL_SIZES), blocks / len(TYPICAL_SIZES)

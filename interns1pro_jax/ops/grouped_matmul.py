@@ -47,14 +47,14 @@ def grouped_matmul(
     lhs_MK, rhs_GKN, group_sizes_G, offset = match_varying(lhs_MK, rhs_GKN, group_sizes_G, offset)
     if chip := current_chip():
         # Toy models are narrower than the kernels' lanes; zeros change no product. The released sizes are multiples.
-        lhs_MK, columns = _pad_to_lanes(lhs_MK, 1), rhs_GKN.shape[2]
-        rhs_GKN = _pad_to_lanes(_pad_to_lanes(rhs_GKN.astype(lhs_MK.dtype), 1), 2)
+        lhs_MK, columns = pad_to_lanes(lhs_MK, 1), rhs_GKN.shape[2]
+        rhs_GKN = pad_to_lanes(pad_to_lanes(rhs_GKN.astype(lhs_MK.dtype), 1), 2)
         out_MN = tpu.grouped_matmul(lhs_MK, rhs_GKN, group_sizes_G, group_offset=offset, preferred_element_type=dtype, chip=chip)
         return out_MN[:, :columns]
     return _grouped_matmul(dtype, lhs_MK, rhs_GKN, group_sizes_G, offset)
 
 
-def _pad_to_lanes(x: Array, axis: int) -> Array:
+def pad_to_lanes(x: Array, axis: int) -> Array:
     """`x` with zeros behind, so that the axis is a multiple of 128 long."""
     missing = -x.shape[axis] % 128
     return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)]) if missing else x

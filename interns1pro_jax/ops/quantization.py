@@ -1,7 +1,8 @@
 """Block quantisation to FP8 (e4m3 values, power-of-two scales), spec section 7.
 
 A matrix is cut into blocks (128 x 128 for weights, 1 x 128 for activations; edge blocks may be partial) and each block shares one
-scale: `value = e4m3 * scale`. Scales are powers of two ("ue8m0"), so a dequantised weight is exact in bfloat16.
+scale: `value = e4m3 * scale`. Scales are powers of two ("ue8m0") of at least 2^-117, so a dequantised value is exact in bfloat16.
+What is not finite is kept in the scale: the scale of a block with such an element is NaN, and so is all that the block stands for.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from jaxtyping import Array, Float
 
 WEIGHT_BLOCK = (128, 128)
 E4M3_MAX = 448.0  # 1.75 * 2^8
+LEAST_SCALE = 2.0**-117  # times the least e4m3 number, 2^-9, it is the least normal number of bfloat16
 _E4M3_VALUES = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
 
 
@@ -37,7 +39,9 @@ def quantize_blocks(
     shape = (values.shape[-2], values.shape[-1])
     rows, columns = (-(-size // step) for size, step in zip(shape, block, strict=True))
     padding = [(0, count * step - size) for count, step, size in zip((rows, columns), block, shape, strict=True)]
-    magnitude = jnp.pad(jnp.abs(values.astype(jnp.float32)), [(0, 0)] * (values.ndim - 2) + padding)
+    magnitude = jnp.abs(values.astype(jnp.float32))
+    magnitude = jnp.where(jnp.isnan(magnitude), jnp.inf, magnitude)  # a maximum on CPU may pass over NaN
+    magnitude = jnp.pad(magnitude, [(0, 0)] * (values.ndim - 2) + padding)
     amax = magnitude.reshape(*values.shape[:-2], rows, block[0], columns, block[1]).max((-3, -1))
     scale = _power_of_two_scale(jnp.maximum(amax, min_amax))
     if keep is not None:
@@ -61,13 +65,15 @@ def dequantize_blocks(
     return (values.astype(jnp.float32) * factor).astype(dtype)
 
 
-def quantize_activations(x: Float[Array, "*lead C"], width: int = 128) -> tuple[Float[Array, "*lead C"], Float[Array, "*lead c"]]:
-    """Dynamic quantisation of the input of a quantised matrix: one scale per token and `width` channels, amax at least 1e-6.
+def quantize_activations(
+    x: Float[Array, "*lead C"], width: int = 128, min_amax: float = 1e-6
+) -> tuple[Float[Array, "*lead C"], Float[Array, "*lead c"]]:
+    """Dynamic quantisation of the input of a quantised matrix: one scale per token and `width` channels, amax at least `min_amax`.
 
     Returns:
       float8_e4m3fn values and float32 scales; `dequantize_activations` gives the rounded input back.
     """
-    values, scale = quantize_blocks(x[..., None, :], (1, width), min_amax=1e-6)
+    values, scale = quantize_blocks(x[..., None, :], (1, width), min_amax)
     return values[..., 0, :], scale[..., 0, :]
 
 
@@ -97,10 +103,11 @@ def dequantize_box(values: np.ndarray, scale: np.ndarray, first: tuple[int, int]
 
 
 def _power_of_two_scale(amax: jax.Array) -> jax.Array:
-    """The least power of two s with `amax <= 448 * s`, exactly; 1 for zero."""
+    """The least power of two s from LEAST_SCALE on with `amax <= 448 * s`, exactly; 1 for zero, NaN for what is not finite."""
     mantissa, exponent = jnp.frexp(amax)  # amax = mantissa * 2^exponent with mantissa in [0.5, 1), and 448 = 0.875 * 2^9
     power = jnp.where(mantissa <= 0.875, exponent - 9, exponent - 8)
-    return jnp.where(amax > 0, jnp.ldexp(jnp.float32(1), power), jnp.float32(1))
+    scale = jnp.where(amax > 0, jnp.maximum(jnp.ldexp(jnp.float32(1), power), LEAST_SCALE), jnp.float32(1))
+    return jnp.where(jnp.isfinite(amax), scale, jnp.nan)
 
 
 def _expand(scale: jax.Array, block: tuple[int, int], shape: tuple[int, int]) -> jax.Array:

@@ -43,6 +43,35 @@ def test_scales_at_the_edges(amax, scale):
     np.testing.assert_allclose(quantised.astype(jnp.float32) * found, -amax, rtol=2**-4)
 
 
+def test_every_bfloat16_number_is_rounded_to_the_nearest_e4m3_number():
+    bits = np.arange(1 << 16, dtype=np.uint32).astype(np.uint16)
+    numbers = bits.view(ml_dtypes.bfloat16).astype(np.float32)
+    numbers = np.sort(numbers[np.abs(numbers) <= 448])
+    quantised, scale = quantize_blocks(numbers[None], (1, len(numbers)))
+    assert float(scale[0, 0]) == 1
+    np.testing.assert_array_equal(np.asarray(quantised[0]), numbers.astype(ml_dtypes.float8_e4m3fn))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_makes_its_block_nan_and_no_other(bad):
+    values = random_matrix(256, 256)
+    wanted = np.array(dequantize_blocks(*quantize_blocks(values)))
+    values[3, 200] = bad
+    quantised, scale = quantize_blocks(values)
+    np.testing.assert_array_equal(np.isnan(scale), [[False, True], [False, False]])
+    wanted[:128, 128:] = np.nan
+    np.testing.assert_array_equal(dequantize_blocks(quantised, scale), wanted)
+
+
+def test_scales_stop_where_bfloat16_would_lose_bits():
+    quantised, scale = quantize_blocks(np.array([[1e-37, -3e-38]], np.float32))
+    assert float(scale[0, 0]) == 2.0**-117
+    np.testing.assert_array_equal(
+        dequantize_blocks(quantised, scale, dtype=jnp.bfloat16).astype(jnp.float32), dequantize_blocks(quantised, scale)
+    )
+    np.testing.assert_allclose(dequantize_blocks(quantised, scale), [[1e-37, -3e-38]], atol=2.0**-127)
+
+
 def test_rounding_is_within_half_a_step_and_quantised_values_are_fixed_points():
     values = random_matrix(256, 300, spread=1)
     quantised, scale = quantize_blocks(values)
