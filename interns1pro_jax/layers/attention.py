@@ -25,14 +25,15 @@ class AttentionContext:
     Attributes:
       cos, sin: rotary tables of the tokens, [B, T, heads, H].
       segment_ids: document of each token, 0 for padding.
-      cache_segment_ids: document of each cache slot, *after* the tokens of this pass have been written; None without cache.
+      kv_segment_ids: document of each key of the whole row, in reading order (tokens may be in the order of `ops.context`); with a
+        cache, of each of its slots, *after* the tokens of this pass have been written.
       slot: first cache slot of this pass; every row writes at the same slots, so that a write is one slice.
     """
 
     cos: Float[Array, "B T heads H"]
     sin: Float[Array, "B T heads H"]
     segment_ids: Int[Array, "B T"]
-    cache_segment_ids: Int[Array, "B S"] | None = None
+    kv_segment_ids: Int[Array, "B S"]
     slot: Int[Array, ""] | None = None
 
 
@@ -78,13 +79,13 @@ class Attention(nnx.Module):
         v = project(self.v_DKH, "v_bias_KH")
         q = apply_rotary(q, context.cos, context.sin)
         k = apply_rotary(k, context.cos, context.sin)
-        # Attention needs whole rows: the context axis splits everything but the products of queries, keys and values.
-        q, k, v = (sharding.constrain(a, "batch", None, None, None) for a in (q, k, v))
-        segment_ids = sharding.constrain(context.segment_ids, "batch", None)
+        # A reshape does not always show where its result lives: not with one token or one row.
+        q, k, v = (sharding.constrain(a, "batch", "sequence", None, None) for a in (q, k, v))
         if cache is None:
-            out = dot_product_attention(q, k, v, q_segment_ids=segment_ids, kv_segment_ids=segment_ids, causal=True)
+            out = dot_product_attention(q, k, v, q_segment_ids=context.segment_ids, kv_segment_ids=context.kv_segment_ids, causal=True)
         else:
-            assert context.slot is not None and context.cache_segment_ids is not None
+            assert context.slot is not None
+            q, k, v = (sharding.constrain(a, "batch", None, None, None) for a in (q, k, v))  # a cache has whole rows
             start = (cache.layer, 0, context.slot, 0, 0)
             keys = jax.lax.dynamic_update_slice(cache.keys_LBSKH, k[None].astype(cache.keys_LBSKH.dtype), start)
             values = jax.lax.dynamic_update_slice(cache.values_LBSKH, v[None].astype(cache.values_LBSKH.dtype), start)
@@ -93,11 +94,11 @@ class Attention(nnx.Module):
                 q,
                 jax.lax.dynamic_index_in_dim(keys, cache.layer, keepdims=False).astype(dtype),
                 jax.lax.dynamic_index_in_dim(values, cache.layer, keepdims=False).astype(dtype),
-                q_segment_ids=segment_ids,
-                kv_segment_ids=context.cache_segment_ids,
+                q_segment_ids=context.segment_ids,
+                kv_segment_ids=context.kv_segment_ids,
                 q_index=jnp.broadcast_to(context.slot + jnp.arange(x_BTD.shape[1]), x_BTD.shape[:2]),
                 causal=True,
             )
-        out = sharding.constrain(out, "batch", "sequence", None, None)
+            out = sharding.constrain(out, "batch", "sequence", None, None)
         y = jnp.einsum("btqh,qhd->btd", out, self.o_QHD[...].astype(dtype), out_sharding=jax.typeof(x_BTD).sharding.spec)
         return (y + self.o_bias_D[...].astype(dtype) if cfg.attention_bias else y), cache

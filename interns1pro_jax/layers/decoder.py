@@ -17,6 +17,7 @@ from interns1pro_jax.layers.mlp import Mlp
 from interns1pro_jax.layers.moe import ExpertStack, Moe
 from interns1pro_jax.layers.parameter import ones, parameter
 from interns1pro_jax.layers.router import RouterStats
+from interns1pro_jax.ops.context import reading_order
 from interns1pro_jax.ops.norm import rms_norm
 
 # What the backward pass keeps of a block, by name. "full" keeps only the block's input and recomputes the rest.
@@ -40,6 +41,11 @@ class BlockOutput:
     mlp_BTD: Float[Array, "B T D"] | None = None
     router_logits_BTE: Float[Array, "B T E"] | None = None
     weights_BTGC: Float[Array, "B T G C"] | None = None
+
+    def in_reading_order(self) -> BlockOutput:
+        """Outputs of a run, whose tokens are in the order of `ops.context`, in reading order."""
+        tokens = dataclasses.replace(self, stats=None)
+        return dataclasses.replace(jax.tree.map(lambda x: reading_order(x, 2), tokens), stats=self.stats)
 
 
 @jax.tree_util.register_dataclass

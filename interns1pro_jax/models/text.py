@@ -16,6 +16,7 @@ from interns1pro_jax.layers.attention import AttentionContext
 from interns1pro_jax.layers.decoder import BlockOutput, LayerInputs, run_blocks, run_blocks_cached, stack_blocks
 from interns1pro_jax.layers.parameter import Buffer, normal, ones, parameter
 from interns1pro_jax.layers.router import NOT_RECORDED, RouterStats
+from interns1pro_jax.ops.context import balance, reading_order
 from interns1pro_jax.ops.fope import initial_coefficients, rotary_tables, text_frequencies
 from interns1pro_jax.ops.norm import rms_norm
 
@@ -125,7 +126,8 @@ class TextModel(nnx.Module):
         remat: str = "none",
         trace: bool = False,
     ) -> TextOutput:
-        """Runs the decoder on embeddings.
+        """Runs the decoder on embeddings. Rows are in reading order, before and after; inside, devices that share a row hold it in the
+        order of `ops.context`.
 
         Args:
           positions_BT: position of each token in its document.
@@ -137,19 +139,23 @@ class TextModel(nnx.Module):
           remat: what the backward keeps of a block (`layers.decoder.REMAT`).
           trace: also return the intermediate values of every block.
         """
+        kv_segment_ids = sharding.constrain(segment_ids_BT, "batch", None)
         positions_BT, segment_ids_BT = (sharding.constrain(a, "batch", "sequence") for a in (positions_BT, segment_ids_BT))
-        cos, sin = self.rotary(positions_BT)
-        context = AttentionContext(cos, sin, segment_ids_BT)
-        segments = None
-        if cache is not None:
+        if replay_LBTGC is not None:
+            replay_LBTGC = sharding.constrain(replay_LBTGC, None, "batch", "sequence", None, None)
+        slot = None
+        if cache is None:
+            x_BTD, positions_BT, segment_ids_BT = (balance(a) for a in (x_BTD, positions_BT, segment_ids_BT))
+            replay_LBTGC = None if replay_LBTGC is None else balance(replay_LBTGC, 2)
+        else:
             if x_BTD.shape[1] > cache.segment_ids.shape[1]:
                 raise ValueError(
                     f"{x_BTD.shape[1]} tokens do not fit in a cache of {cache.segment_ids.shape[1]} slots; make it with "
                     "KVCache.empty(config, batch, slots) for all tokens to come."
                 )
-            written = sharding.constrain(segment_ids_BT, "batch", None).astype(jnp.int32)
-            segments = jax.lax.dynamic_update_slice(cache.segment_ids, written, (0, cache.length))
-            context = dataclasses.replace(context, cache_segment_ids=segments, slot=cache.length)
+            slot = cache.length
+            kv_segment_ids = jax.lax.dynamic_update_slice(cache.segment_ids, kv_segment_ids.astype(jnp.int32), (0, slot))
+        context = AttentionContext(*self.rotary(positions_BT), segment_ids_BT, kv_segment_ids, slot)
         outputs: list[BlockOutput] = []
         keys: list[jax.Array] = []
         values: list[jax.Array] = []
@@ -157,8 +163,6 @@ class TextModel(nnx.Module):
         for index, (moe, _, count) in enumerate(self.config.layer_runs):
             inputs = LayerInputs()
             if moe:
-                if replay_LBTGC is not None:
-                    replay_LBTGC = sharding.constrain(replay_LBTGC, None, "batch", "sequence", None, None)
                 picked = slice(moe_layers, moe_layers + count)
                 inputs = LayerInputs(*(None if x is None else x[picked] for x in (replay_LBTGC, probe_L)))
                 moe_layers += count
@@ -172,11 +176,14 @@ class TextModel(nnx.Module):
                 values.append(v)
             outputs.append(out)
         hidden = rms_norm(x_BTD, self.final_norm_D[...], self.config.rms_norm_eps)
-        if cache is not None and segments is not None:
+        if cache is None:
+            hidden = reading_order(hidden)
+            outputs = [o.in_reading_order() for o in outputs]
+        else:
             length = cache.length + x_BTD.shape[1]
             # A write beyond the last slot would be moved back over older tokens; a compiled program can only make that visible.
-            hidden = jnp.where(length <= segments.shape[1], hidden, jnp.nan)
-            cache = KVCache(tuple(keys), tuple(values), segments, length)
+            hidden = jnp.where(length <= kv_segment_ids.shape[1], hidden, jnp.nan)
+            cache = KVCache(tuple(keys), tuple(values), kv_segment_ids, length)
         id_dtype = jnp.uint8 if self.config.num_moe_layers == 0 or self.config.experts_per_group <= NOT_RECORDED else jnp.uint16
         stats = _concatenate([o.stats for o in outputs if o.stats is not None])
         return TextOutput(

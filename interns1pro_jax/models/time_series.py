@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 from interns1pro_jax.config import TimeSeriesConfig
 from interns1pro_jax.layers.parameter import normal, ones, parameter, zeros
 from interns1pro_jax.models.inputs import TimeSeriesInputs
-from interns1pro_jax.ops.attention import dot_product_attention
+from interns1pro_jax.ops.attention import chunked_attention, dot_product_attention
 from interns1pro_jax.ops.norm import layer_norm
 from interns1pro_jax.ops.varying import as_varying, varying_axes
 
@@ -61,29 +61,6 @@ def _gelu(x: jax.Array) -> jax.Array:
 
 # For the bodies of loops: the backward recomputes each from its input, one at a time.
 _recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
-
-
-def causal_attention(
-    q_PTQH: Float[Array, "P T Q H"], k_PTQH: Float[Array, "P T Q H"], v_PTQH: Float[Array, "P T Q H"],
-    ids_PT: Int[Array, "P T"], *, block: int = 512,
-) -> Float[Array, "P T Q H"]:  # fmt: skip
-    """Causal attention within a signal, `block` queries at a time: 240,000 samples below 6 Hz become 30,000 tokens, whose scores
-    would take tens of GiB at once."""
-    P, T = ids_PT.shape
-    block = min(block, T)
-    blocks = -(-T // block)
-
-    def split(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, [(0, 0), (0, blocks * block - T)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(P, blocks, block, *x.shape[2:]), 1, 0)
-
-    def attend(queries: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        q, ids, first = queries
-        index = jnp.broadcast_to(first + jnp.arange(block), (P, block))
-        return dot_product_attention(q, k_PTQH, v_PTQH, q_segment_ids=ids, kv_segment_ids=ids_PT, q_index=index, causal=True)
-
-    mixed = jax.lax.map(_recomputed(attend), (split(q_PTQH), split(ids_PT), jnp.arange(blocks) * block))
-    return jnp.moveaxis(mixed, 0, 1).reshape(P, blocks * block, *q_PTQH.shape[2:])[:, :T]
 
 
 class PatchEncoder(nnx.Module):
@@ -124,7 +101,8 @@ class PatchEncoder(nnx.Module):
         segment_RW = inside_RW.astype(jnp.int32)
         qkv = _linear("rwd,dcqh->rwcqh", x_RWD, self.qkv_DCQH, self.qkv_bias_CQH)
         q_RWQH, k_RWQH, v_RWQH = (qkv[:, :, part] for part in range(3))
-        mixed = dot_product_attention(q_RWQH, k_RWQH, v_RWQH, q_segment_ids=segment_RW, kv_segment_ids=segment_RW, causal=False)
+        # Rows are short, and already inside a `shard_map`.
+        mixed = chunked_attention(q_RWQH, k_RWQH, v_RWQH, q_segment_ids=segment_RW, kv_segment_ids=segment_RW, causal=False)
         x_RWD += _linear("rwqh,qhd->rwd", mixed, self.out_QHD, self.out_bias_D)
         x_RWD = _layer_norm(x_RWD, self.norm1_scale_D, self.norm1_bias_D)
         hidden_RWF = jax.nn.relu(_linear("rwd,df->rwf", x_RWD, self.fc1_DF, self.fc1_bias_F))
@@ -227,7 +205,7 @@ class EncoderLayer(nnx.Module):
         q_PTQH = _linear("ptd,dqh->ptqh", y_PTD, self.q_DQH, self.q_bias_QH)
         k_PTQH = _linear("ptd,dqh->ptqh", y_PTD, self.k_DQH)
         v_PTQH = _linear("ptd,dqh->ptqh", y_PTD, self.v_DQH, self.v_bias_QH)
-        mixed_PTQH = causal_attention(q_PTQH, k_PTQH, v_PTQH, ids_PT)
+        mixed_PTQH = dot_product_attention(q_PTQH, k_PTQH, v_PTQH, q_segment_ids=ids_PT, kv_segment_ids=ids_PT, causal=True)
         x_PTD += _linear("ptqh,qhd->ptd", mixed_PTQH, self.out_QHD, self.out_bias_D)
         y_PTD = _layer_norm(x_PTD, self.mlp_norm_scale_D, self.mlp_norm_bias_D)
         hidden_PTF = _gelu(_linear("ptd,df->ptf", y_PTD, self.fc1_DF, self.fc1_bias_F))

@@ -118,7 +118,7 @@ class VisionBlock(nnx.Module):
         q_PIQH, k_PIQH, v_PIQH = qkv + _weight(self.qkv_bias_CQH, dtype)[:, None, None]
         cos, sin = cos_PIH[:, :, None], sin_PIH[:, :, None]
         q_PIQH, k_PIQH = (apply_rotary(a.astype(jnp.float32), cos, sin).astype(dtype) for a in (q_PIQH, k_PIQH))
-        y_PIQH = frame_attention(q_PIQH, k_PIQH, v_PIQH, frame_ids_PI)
+        y_PIQH = dot_product_attention(q_PIQH, k_PIQH, v_PIQH, q_segment_ids=frame_ids_PI, kv_segment_ids=frame_ids_PI, causal=False)
         x_PID += jnp.einsum("PIQH,QHD->PID", y_PIQH, _weight(self.proj_QHD, dtype)) + _weight(self.proj_bias_D, dtype)
 
         y_PID = layer_norm(x_PID, self.norm2_scale_D[...], self.norm2_bias_D[...], _NORM_EPS)
@@ -156,32 +156,6 @@ def rotary_angles(row_col: Int[Array, "P I 2"], head_dim: int) -> Float[Array, "
     """Angles by which the pairs of a head turn, fp32: those of the row, then those of the column (spec 3.3)."""
     angles = row_col.astype(jnp.float32)[..., None] * inverse_frequencies(_ROTARY_BASE, head_dim // 2)
     return angles.reshape(*row_col.shape[:2], head_dim // 2)
-
-
-def frame_attention(
-    q_PIQH: Float[Array, "P I Q H"], k_PIQH: Float[Array, "P I Q H"], v_PIQH: Float[Array, "P I Q H"],
-    frame_ids_PI: Int[Array, "P I"], *, block: int = 256,
-) -> Float[Array, "P I Q H"]:  # fmt: skip
-    """Bidirectional attention inside each frame, `block` queries at a time.
-
-    A large image alone has 16384 patches or more: their scores at once would be tens of GiB. So neither the forward nor the
-    backward, which recomputes each block, holds more than [P, Q, block, I] of them.
-    """
-    p, i = frame_ids_PI.shape
-    block = min(block, i)
-    count = -(-i // block)
-
-    def split(x: Array) -> Array:
-        x = jnp.pad(x, [(0, 0), (0, count * block - i)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(p, count, block, *x.shape[2:]), 1, 0)
-
-    @jax.checkpoint
-    def attend(queries: tuple[Array, Array]) -> Array:
-        q, ids = queries
-        return dot_product_attention(q, k_PIQH, v_PIQH, q_segment_ids=ids, kv_segment_ids=frame_ids_PI, causal=False)
-
-    y = jnp.moveaxis(jax.lax.map(attend, (split(q_PIQH), split(frame_ids_PI))), 0, 1)
-    return y.reshape(p, count * block, *q_PIQH.shape[2:])[:, :i]
 
 
 def _weight(w: nnx.Variable, dtype: jnp.dtype) -> Array:

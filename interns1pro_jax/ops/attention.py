@@ -1,7 +1,10 @@
 """Scaled dot-product attention with grouped query heads, document segments and bounded memory.
 
-Queries are taken in chunks, so that scores exist for one chunk at a time, forward and backward: the backward pass recomputes
-them from the logarithm of each row's softmax denominator. Where the causal order is that of the array, later keys are skipped.
+`dot_product_attention` is the entry. On TPU it is the splash kernel (`pallas_kernels.attention`), elsewhere and for short or odd lengths
+`chunked_attention`; `dot_product_attention_reference` is the definition.
+
+The chunked form takes queries in chunks, so that scores exist for one chunk at a time, forward and backward: the backward pass
+recomputes them from the logarithm of each row's softmax denominator. Where the causal order is that of the array, later keys are skipped.
 
 Letters: R query heads of a key/value head (Q = K * R), C queries of a chunk.
 """
@@ -15,9 +18,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from interns1pro_jax.ops import context
 from interns1pro_jax.ops.layout import transposed_copy
+from pallas_kernels import attention as tpu
+from pallas_kernels.chips import current_chip
+
+# What the backward needs of the forward besides the operands has this name for rematerialisation policies.
+OUTPUT = "attention_output"
 
 _MASKED = float(jnp.finfo(jnp.float32).min)
 
@@ -35,28 +46,85 @@ def dot_product_attention(
     q_segment_ids: Int[Array, "B T"],
     kv_segment_ids: Int[Array, "B S"],
     q_index: Int[Array, "B T"] | None = None,
-    kv_index: Int[Array, "B S"] | None = None,
     causal: bool,
     scale: float | None = None,
 ) -> Float[Array, "B T Q H"]:
     """Attention of T queries over S keys; query head i reads key/value head i // (Q/K). Softmax in fp32.
 
+    Arrays may be split along B. Queries, keys and values may be split along their rows as well (over the mesh axis `context`, in the
+    order of `ops.context`): each device then gathers the keys and values, which grouped heads make few, and keeps its queries, scores
+    and results to itself.
+
     Args:
-      q_segment_ids, kv_segment_ids: a query sees keys of its own segment; 0 is padding, which sees and is seen by nothing.
-      q_index, kv_index: where queries and keys stand in the row; default 0, 1, .... Only read if `causal`.
-      causal: a query sees keys with `kv_index <= q_index` only.
+      q_segment_ids, kv_segment_ids: a query sees keys of its own segment; 0 is padding, which sees and is seen by nothing. Those of
+        the keys are whole rows in reading order, whatever splits the keys.
+      q_index: where each query stands among the keys: key `q_index` is its own, of the same segment. Default 0, 1, ....
+      causal: a query sees the keys up to its own only.
       scale: factor on the scores; default H**-0.5.
 
     Returns:
-      Weighted values; zero for a query that sees no key.
+      Weighted values, split as the queries are; zero for padding.
     """
+    mesh = jax.sharding.get_abstract_mesh()
+    scale = q_BTQH.shape[-1] ** -0.5 if scale is None else scale
+    if mesh.empty or mesh.are_all_axes_manual:
+        return _local_attention(q_BTQH, k_BSKH, v_BSKH, q_segment_ids, kv_segment_ids, q_index, causal=causal, scale=scale, split=False)
+    q_spec, kv_spec = (jax.typeof(x).sharding.spec for x in (q_BTQH, k_BSKH))
+    rows, split = PartitionSpec(q_spec[0], None), bool(kv_spec[1])
+    ids_spec = PartitionSpec(*q_spec[:2])
+    q_segment_ids, kv_segment_ids = jax.sharding.reshard((q_segment_ids, kv_segment_ids), (ids_spec, rows))
+    q_index = None if q_index is None else jax.sharding.reshard(q_index, ids_spec)
+    # Kernels are not partitioned, and splash does not type its results; all operands vary over all axes that split any of them.
+    return jax.shard_map(
+        functools.partial(_local_attention, causal=causal, scale=scale, split=split),
+        in_specs=(q_spec, kv_spec, kv_spec, ids_spec, rows, ids_spec),
+        out_specs=q_spec,
+        check_vma=False,
+    )(q_BTQH, k_BSKH, v_BSKH, q_segment_ids, kv_segment_ids, q_index)
+
+
+def _local_attention(
+    q_BTQH: Array, k_BSKH: Array, v_BSKH: Array, q_segment_ids: Array, kv_segment_ids: Array, q_index: Array | None,
+    *, causal: bool, scale: float, split: bool,
+) -> Array:  # fmt: skip
+    """A device's share, by the kernel where it can be."""
+    B, T = q_BTQH.shape[:2]
+    if split and jax.lax.axis_size(context.AXIS) > 1:
+        with jax.named_scope("kv_all_gather"):
+            k_BSKH, v_BSKH = jnp.split(context.all_gather(jnp.concatenate([k_BSKH, v_BSKH], 2)), 2, 2)
+        q_index = jnp.broadcast_to(context.own_indices(T), (B, T))
+    # The kernel's blocks are whole lanes; rows shorter than one are not worth its tables.
+    if (chip := current_chip()) and T % tpu.LANES == 0 and k_BSKH.shape[1] % tpu.LANES == 0:
+        index = jnp.broadcast_to(jnp.arange(T), (B, T)) if q_index is None else q_index
+        return tpu.attention(
+            q_BTQH, k_BSKH, v_BSKH, q_segment_ids, kv_segment_ids, index,
+            causal=causal, scale=scale, tiling=tpu.tiling_of(chip), name=OUTPUT,
+        )  # fmt: skip
+    return chunked_attention(
+        q_BTQH, k_BSKH, v_BSKH, q_segment_ids=q_segment_ids, kv_segment_ids=kv_segment_ids, q_index=q_index, causal=causal, scale=scale
+    )
+
+
+def chunked_attention(
+    q_BTQH: Float[Array, "B T Q H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
+    *,
+    q_segment_ids: Int[Array, "B T"],
+    kv_segment_ids: Int[Array, "B S"],
+    q_index: Int[Array, "B T"] | None = None,
+    causal: bool,
+    scale: float | None = None,
+) -> Float[Array, "B T Q H"]:
+    """`dot_product_attention` of one device's arrays in plain JAX. Here a query's own key need not be among the keys: a query that sees
+    none gets zero."""
     B, T, Q, H = q_BTQH.shape
     S, K = k_BSKH.shape[1:3]
     queries = _Places.of(q_segment_ids, q_index, causal)
-    keys = _Places.of(kv_segment_ids, kv_index, causal)
+    keys = _Places.of(kv_segment_ids, None, causal)
     scale = H**-0.5 if scale is None else scale
     q_BTKRH = q_BTQH.reshape(B, T, K, Q // K, H)
-    if not (causal and q_index is None and kv_index is None):
+    if not (causal and q_index is None):
         return _attend(scale, q_BTKRH, k_BSKH, v_BSKH, queries, keys).reshape(B, T, Q, H)
     span = max(_SHORTEST_SPAN, -(-T // _SPANS))
     outs = []
@@ -75,13 +143,12 @@ def dot_product_attention_reference(
     q_segment_ids: Int[Array, "B T"],
     kv_segment_ids: Int[Array, "B S"],
     q_index: Int[Array, "B T"] | None = None,
-    kv_index: Int[Array, "B S"] | None = None,
     causal: bool,
     scale: float | None = None,
 ) -> Float[Array, "B T Q H"]:
-    """`dot_product_attention` by its definition: all scores at once, gradients by differentiation."""
+    """`chunked_attention` by its definition: all scores at once, gradients by differentiation."""
     B, T, Q, H = q_BTQH.shape
-    mask_BTS = _Places.of(q_segment_ids, q_index, causal).sees(_Places.of(kv_segment_ids, kv_index, causal))
+    mask_BTS = _Places.of(q_segment_ids, q_index, causal).sees(_Places.of(kv_segment_ids, None, causal))
     mask = mask_BTS[:, None, None]
     q_BTKRH = q_BTQH.reshape(B, T, k_BSKH.shape[2], -1, H)
     scores = jnp.einsum("btkrh,bskh->bkrts", q_BTKRH, k_BSKH, preferred_element_type=jnp.float32)
@@ -135,6 +202,7 @@ def _forward(scale: float, q_BTKRH: Array, k_BSKH: Array, v_BSKH: Array, queries
         return (jnp.moveaxis((out / total).astype(q_BCKRH.dtype), 3, 1), jnp.moveaxis(log_z, 3, 1)), ()
 
     (out_BTKRH, log_z_BTKR), _ = _by_chunks(attend, (q_BTKRH, queries), ())
+    out_BTKRH, log_z_BTKR = checkpoint_name(out_BTKRH, OUTPUT), checkpoint_name(log_z_BTKR, OUTPUT)
     return out_BTKRH, (q_BTKRH, k_BSKH, v_BSKH, queries, keys, out_BTKRH, log_z_BTKR)
 
 

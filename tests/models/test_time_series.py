@@ -14,7 +14,7 @@ from flax import nnx
 
 from interns1pro_jax.config import TimeSeriesConfig
 from interns1pro_jax.models.inputs import TimeSeriesInputs
-from interns1pro_jax.models.time_series import TimeSeriesTower, causal_attention
+from interns1pro_jax.models.time_series import TimeSeriesTower
 from interns1pro_jax.models.time_series_inputs import (
     PatchPlan,
     Signal,
@@ -343,21 +343,6 @@ def test_constant_and_very_short_signals_are_finite(mesh, dtype):
     tokens = sum(signal.tokens for signal in signals)
     assert embeddings.dtype == dtype and np.isfinite(embeddings).all()
     assert (np.abs(embeddings[0, :tokens]).max(-1) > 0).all() and not np.asarray(embeddings[0, tokens:]).any()
-
-
-def test_attention_in_blocks_equals_attention_at_once(mesh):
-    random = np.random.default_rng(0)
-    q, k, v = jnp.asarray(random.normal(size=(3, 2, 10, 2, 4)), jnp.float32)
-    ids = jnp.array([[1] * 4 + [2] * 6, [1] * 7 + [0] * 3])
-
-    def run(block: int) -> Any:
-        def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-            y = causal_attention(q, k, v, ids, block=block)
-            return jnp.sum(jnp.sin(y)), y
-
-        return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
-
-    assert_close(run(3), run(512), ROUNDING)
 
 
 def uneven_packs() -> TimeSeriesInputs:

@@ -12,7 +12,7 @@ from flax import nnx
 
 from interns1pro_jax.config import VisionConfig
 from interns1pro_jax.models.inputs import VisionInputs
-from interns1pro_jax.models.vision import VisionTower, frame_attention, rotary_angles
+from interns1pro_jax.models.vision import VisionTower, rotary_angles
 from interns1pro_jax.models.vision_inputs import VisionItem, _linspace, bucket_size, pack_vision, tokens_per_item
 from interns1pro_jax.sharding import make_mesh, spec
 
@@ -144,22 +144,6 @@ def test_packed_together_equals_alone_in_one_compilation(mesh):
     assert_close(together[:7], jnp.concatenate(alone), ROUNDING)
     assert_close(reverse[:7], jnp.concatenate(alone[::-1]), ROUNDING)
     assert traced == 1
-
-
-@pytest.mark.parametrize("packs", [1, 8])
-def test_attention_in_blocks_equals_attention_at_once(packs):
-    with jax.set_mesh(make_mesh(expert=packs)):
-        inputs = place(some_packs(packs), "batch")
-        q, k, v = (jax.device_put(x, inputs.frame_ids.sharding) for x in np.random.default_rng(0).normal(size=(3, packs, 28, 2, 4)))
-
-        def run(block):
-            def loss(q, k, v):
-                y = frame_attention(q, k, v, inputs.frame_ids, block=block)
-                return jnp.sum(jnp.sin(y)), y
-
-            return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
-
-        assert_close(run(8), run(28), 1e-5)
 
 
 def test_video_frames_do_not_see_each_other(mesh):

@@ -17,7 +17,7 @@ from interns1pro_jax.train.step import loss_function, make_train_step
 from tests.tiny import multimodal, multimodal_batch
 
 CONFIG = multimodal()
-MESHES = [dict(expert=8), dict(fsdp=2, expert=4), dict(fsdp=4, expert=2), dict(fsdp=8), dict(data=2, context=2, expert=2)]
+MESHES = [dict(expert=8), dict(fsdp=2, expert=4), dict(context=4, expert=2), dict(fsdp=8), dict(data=2, context=2, expert=2)]
 
 
 def run(mesh_sizes):

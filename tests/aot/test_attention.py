@@ -1,0 +1,61 @@
+"""The attention layer, compiled for a real TPU pod at the released sizes: one gather of keys and values per pass, kernels, no scores."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+
+from interns1pro_jax import sharding
+from interns1pro_jax.config import ModelConfig
+from interns1pro_jax.layers.attention import Attention, AttentionContext
+from interns1pro_jax.layers.decoder import REMAT
+from interns1pro_jax.train import aot
+
+CONTEXT, LENGTH = 4, 8192
+MIB = 1 << 20
+
+pytestmark = pytest.mark.skipif(not aot.can_compile(), reason="compiling for TPUs needs libtpu (Linux on x86-64)")
+
+
+@pytest.fixture(scope="module")
+def compiled() -> aot.Program:
+    """Forward and backward of two layers over one row that four devices share; each layer is recomputed in full."""
+    config = ModelConfig().text
+    mesh = aot.pod_mesh("v5p:2x2x1", context=CONTEXT)
+
+    def abstract(shape, dtype, *dims):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, sharding.spec(*dims)))
+
+    with jax.set_mesh(mesh):
+        layers = nnx.eval_shape(lambda: nnx.vmap(lambda key: Attention(config, rngs=nnx.Rngs(key)))(jax.random.split(jax.random.key(0), 2)))
+        graph, params = nnx.split(layers)
+        params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec)), params)
+        table = abstract((1, LENGTH, config.num_key_value_heads, config.head_dim), jnp.float32, "batch", "sequence", None, None)
+        context = AttentionContext(
+            table, table, abstract((1, LENGTH), jnp.int32, "batch", "sequence"), abstract((1, LENGTH), jnp.int32, "batch", None)
+        )
+        x = abstract((1, LENGTH, config.hidden_size), jnp.bfloat16, "batch", "sequence", None)
+
+        def loss(params, x, context):
+            x, _ = jax.lax.scan(REMAT["full"](lambda x, p: (x + nnx.merge(graph, p)(x, context)[0], None)), x, params)
+            return jnp.sum(x.astype(jnp.float32) ** 2)
+
+        return aot.compile_for(mesh, jax.grad(loss, argnums=(0, 1)), params, x, context)
+
+
+def test_keys_and_values_are_gathered_and_nothing_else(compiled):
+    config = ModelConfig().text
+    kv = LENGTH * 2 * config.num_key_value_heads * config.head_dim * 2
+    # Gradients of weights are all-reduced: the devices share a row, not the weights.
+    moved = [(c.kind, c.bytes // MIB) for c in compiled.collectives if c.kind != "all-reduce" and c.bytes > MIB]
+    assert sorted(moved) == 2 * [("all-gather", kv // MIB)] + [("reduce-scatter", kv // MIB)]
+    assert all(c.axes == ("context",) for c in compiled.collectives)
+
+
+def test_kernels_and_memory(compiled):
+    kernels = [line for line in compiled.text.splitlines() if 'custom_call_target="tpu_custom_call"' in line]
+    assert len(kernels) == 4 and sum("_fwd_" in k for k in kernels) == 2, [k[:80] for k in kernels]
+    config = ModelConfig().text
+    scores = LENGTH // CONTEXT * LENGTH * config.num_attention_heads * 2
+    assert compiled.hbm < scores
