@@ -132,6 +132,21 @@ def test_a_changed_name_pattern_is_reported(reference, tmp_path, leaf):
     assert len(row.problems) == 1 and row.problems[0].startswith(f"patterns/{name}/{leaf}: ")
 
 
+def test_changed_texts_are_reported(reference, tmp_path):
+    shutil.copytree(reference / "official", tmp_path / "released", copy_function=shutil.copyfile)
+    for name, change, problem in (
+        ("tokenizer.json", lambda content: content["cases"][0]["tokens"].append("x"), "cases/0/tokens: "),
+        ("tokenizer.json", lambda content: content["cases"][0].update(decoded="x"), "cases/0/decoded: "),
+        ("chat_template.json", lambda content: content[0].update(rendered="x"), "0/rendered: "),
+        ("sentencepiece_segments.json", lambda content: content[0]["piece_ids"].reverse(), "0/piece_ids: "),
+    ):
+        content = json.loads((reference / "preprocess" / name).read_text())
+        change(content)
+        (tmp_path / name).write_text(json.dumps(content))
+        row = plan.check_file(tmp_path, tmp_path / name, Subject(tmp_path))
+        assert row.problems and all(text.startswith(problem) for text in row.problems), row.problems
+
+
 def _item(number: int, grid: tuple[int, int, int]) -> VisionItem:
     """Patches that hold the item's number, and each its own."""
     patches = np.arange(np.prod(grid), dtype=np.float32)

@@ -8,6 +8,7 @@ towers        vision and time-series towers
 generation    greedy decoding
 training      losses and gradients
 stored        configs, weights, FP8 dequantisation, name patterns, frequencies
+text          tokenizer and chat template
 w8a8          forward pass with quantised activations, by definition
 plan          which check covers which file
 """

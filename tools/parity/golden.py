@@ -96,10 +96,12 @@ class Golden:
     Args:
       file: name in the report.
       arrays: name to array.
+      document: what a `.json` holds, as a whole.
     """
 
-    def __init__(self, file: str, arrays: Mapping[str, Any]):
+    def __init__(self, file: str, arrays: Mapping[str, Any], document: Any = None):
         self.row = Row(file, arrays=len(arrays))
+        self.document = document
         self._arrays = arrays
         self._inputs: set[str] = set()
         self._compared: set[str] = set()
@@ -110,7 +112,8 @@ class Golden:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as arrays:
                 return cls(file, dict(arrays))
-        return cls(file, {name: 0.0 if leaf is None else leaf for name, leaf in flatten(json.loads(path.read_text()))})
+        document = json.loads(path.read_text())
+        return cls(file, {name: 0.0 if leaf is None else leaf for name, leaf in flatten(document)}, document)
 
     def __contains__(self, name: str) -> bool:
         return name in self._arrays
@@ -175,6 +178,12 @@ class Golden:
     def equal(self, name: str, value: Any, where: np.ndarray | None = None) -> None:
         """Compares numbers that must be equal."""
         self.compare(name, value, 0.0, where)
+
+    def same(self, name: str, value: Any) -> None:
+        """Compares a string, a number or a list of them, that must be equal."""
+        golden = self.judged(name)
+        if golden != value:
+            self.problem(f"{name}: {value!r:.200}, official {golden!r:.200}")
 
     def judged(self, name: str) -> Any:
         """An array that the check compares by itself, reporting through `problem`, `row.experts` or `row.generated`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import time
 import traceback
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from interns1pro_jax.config import ModelConfig
-from tools.parity import decoder, generation, stored, towers, training
+from tools.parity import decoder, generation, stored, text, towers, training
 from tools.parity.golden import Golden, Row
 from tools.parity.subject import Subject
 
@@ -40,12 +41,26 @@ _RELEASED_SIZE: dict[str, Callable[[Golden, ModelConfig], None]] = {
     "real_frequencies.npz": stored.check_frequencies,
 }
 
-# Files that say nothing to compare with, and files that come with the input pipeline; paths relative to the reference.
-IGNORED = (r"(.*/)?README\.md", r"(.*/)?model\.safetensors\.index\.json", r"(.*/)?LICENSE[^/]*", r"(.*/)?\.[^/]*")
+# Files about text: the tokenizer's own, and what it makes of texts and conversations.
+_TEXT: dict[str, Callable[[Golden, text.Text], None]] = {
+    "added_tokens.json": text.check_added_tokens,
+    "chat_template.json": text.check_chat,
+    "sentencepiece_segments.json": text.check_segments,
+    "special_tokens_map.json": text.check_special_tokens,
+    "tokenizer.json": text.check_tokenizer,
+    "tokenizer_config.json": text.check_tokenizer_config,
+    "vocab.json": text.check_vocabulary,
+}
+
+# Files that say nothing to compare with (merges, template and segment models are behind the checks of text), and files that come
+# with the input pipeline; paths relative to the reference.
+IGNORED = (
+    *(r"(.*/)?README\.md", r"(.*/)?model\.safetensors\.index\.json", r"(.*/)?LICENSE[^/]*", r"(.*/)?\.[^/]*"),
+    r"(.*/)?(chat_template\.jinja|merges\.txt|tokenizer_\w+\.model)",
+)
 LATER = (
     r"(.*/)?preprocess/.*",
-    r"(.*/)?(generation_config|preprocessor_config|video_preprocessor_config|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json",
-    r"(.*/)?(chat_template\.jinja|merges\.txt|tokenizer_\w+\.model)",
+    r"(.*/)?(generation_config|preprocessor_config|video_preprocessor_config)\.json",
 )
 WHY_LATER = "comes with the input pipeline"
 
@@ -81,9 +96,9 @@ def files(reference: Path) -> tuple[list[Path], list[Path], list[Path]]:
         name = path.relative_to(reference).as_posix()
         if any(re.fullmatch(pattern, name) for pattern in IGNORED):
             continue
-        if any(re.fullmatch(pattern, name) for pattern in LATER):
+        if path.name not in _TEXT and any(re.fullmatch(pattern, name) for pattern in LATER):
             later.append(path)
-        elif path.name in _RELEASED_SIZE or path.name == "config.json" or _belongs(reference, path):
+        elif path.name in _TEXT or path.name in _RELEASED_SIZE or path.name == "config.json" or _belongs(reference, path):
             checked.append(path)
         else:
             unknown.append(path)
@@ -96,6 +111,14 @@ def released_config(reference: Path) -> ModelConfig:
         if not is_checkpoint(path.parent):
             return ModelConfig.from_hf(path)
     return dataclasses.replace(ModelConfig(), time_series=None)
+
+
+@functools.cache
+def released_text(reference: Path) -> text.Text:
+    """The tokenizer of the first directory that has its files."""
+    for path in sorted(reference.rglob("merges.txt")):
+        return text.Text(path.parent)
+    raise ValueError(f"{reference} has no merges.txt, and so no tokenizer to compare with")
 
 
 def run(reference: Path, paths: list[Path]) -> Iterator[Row]:
@@ -116,6 +139,8 @@ def check_file(reference: Path, path: Path, subject: Subject) -> Row:
         golden = stored.open_safetensors(path, file) if path.suffix == ".safetensors" else Golden.open(path, file)
         if path.name in _RELEASED_SIZE:
             _RELEASED_SIZE[path.name](golden, released_config(reference))
+        elif path.name in _TEXT:
+            _TEXT[path.name](golden, released_text(reference))
         else:
             check = check_for(path.name)
             assert check is not None
