@@ -1,6 +1,9 @@
-"""Next-token loss straight from hidden states, without ever holding all logits."""
+"""Next-token losses and log-probabilities straight from hidden states, without ever holding all logits."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,67 +29,89 @@ def cross_entropy(
     the result is one sum, the gradients of a chunk are known up to one common factor as soon as its logits are: they are
     computed in the same visit, so that no logits are kept or computed again for the backward pass.
     """
-    hidden_spec, lm_head_spec = jax.typeof(hidden_BTD).sharding.spec, jax.typeof(lm_head_DV).sharding.spec
-    tokens_spec = PartitionSpec(*hidden_spec[:2])
-    split_D = lm_head_spec[0] or ()
-
-    def local(hidden_BTD: Array, lm_head_DV: Array, labels_BT: Array) -> tuple[Array, Array]:
-        axes = varying_axes(hidden_BTD)
-        labels_N = labels_BT.reshape(-1)
-        with jax.named_scope("lm_head_all_gather"):
-            lm_head_DV = as_varying(lm_head_DV.astype(hidden_BTD.dtype), axes)
-            lm_head_DV = jax.lax.all_gather(lm_head_DV, split_D, axis=0, tiled=True) if split_D else lm_head_DV
-        total = _sum_of_losses(*match_varying(hidden_BTD.reshape(labels_N.size, -1), lm_head_DV, labels_N))
-        return total[None], jnp.sum(labels_N != IGNORED)[None]
-
+    tokens_spec = PartitionSpec(*jax.typeof(hidden_BTD).sharding.spec[:2])
     used = tuple(axis for dim in tokens_spec for axis in ((dim,) if isinstance(dim, str) else dim or ()))
-    by_device = jax.shard_map(local, in_specs=(hidden_spec, lm_head_spec, tokens_spec), out_specs=PartitionSpec(used))(
-        hidden_BTD, lm_head_DV, jax.sharding.reshard(labels_BT, tokens_spec)
-    )
+
+    def sums(hidden_ND: Array, lm_head_DV: Array, labels_BT: Array) -> tuple[Array, Array]:
+        labels_N = labels_BT.reshape(-1)
+        return _sum_of_losses(hidden_ND, lm_head_DV, labels_N)[None], jnp.sum(labels_N != IGNORED)[None]
+
+    by_device = _on_each_device(sums, PartitionSpec(used), hidden_BTD, lm_head_DV, labels_BT)
     # The sums of the devices are gathered and added in their order: an all-reduce of a scalar adds them in any order, and a run
     # that is started again would differ from one that was not.
     total, count = (jax.sharding.reshard(part, PartitionSpec()).sum() for part in by_device)
     return total, count
 
 
+def token_log_probs(
+    hidden_BTD: Float[Array, "B T D"], lm_head_DV: Float[Array, "D V"], labels_BT: Int[Array, "B T"]
+) -> Float[Array, "B T"]:
+    """log p(label) of each position in fp32, split as `hidden_BTD` is; 0 where the label is -100. Differentiable, whatever is made of
+    the values: the backward computes each chunk's logits again."""
+    tokens_spec = PartitionSpec(*jax.typeof(hidden_BTD).sharding.spec[:2])
+
+    def log_probs(hidden_ND: Array, lm_head_DV: Array, labels_BT: Array) -> Array:
+        return _log_probs(hidden_ND, lm_head_DV, labels_BT.reshape(-1)).reshape(labels_BT.shape)
+
+    return _on_each_device(log_probs, tokens_spec, hidden_BTD, lm_head_DV, labels_BT)
+
+
+def _on_each_device(function: Callable, out_specs: PartitionSpec, hidden_BTD: Array, lm_head_DV: Array, labels_BT: Array) -> Any:
+    """`function(hidden_ND, lm_head_DV, labels_BT)` of each device's tokens and the whole matrix in the hidden states' dtype."""
+    hidden_spec, lm_head_spec = jax.typeof(hidden_BTD).sharding.spec, jax.typeof(lm_head_DV).sharding.spec
+    tokens_spec = PartitionSpec(*hidden_spec[:2])
+    split_D = lm_head_spec[0] or ()
+
+    def local(hidden_BTD: Array, lm_head_DV: Array, labels_BT: Array) -> Any:
+        with jax.named_scope("lm_head_all_gather"):
+            lm_head_DV = as_varying(lm_head_DV.astype(hidden_BTD.dtype), varying_axes(hidden_BTD))
+            lm_head_DV = jax.lax.all_gather(lm_head_DV, split_D, axis=0, tiled=True) if split_D else lm_head_DV
+        return function(*match_varying(hidden_BTD.reshape(labels_BT.size, -1), lm_head_DV, labels_BT))
+
+    return jax.shard_map(local, in_specs=(hidden_spec, lm_head_spec, tokens_spec), out_specs=out_specs)(
+        hidden_BTD, lm_head_DV, jax.sharding.reshard(labels_BT, tokens_spec)
+    )
+
+
 def cross_entropy_reference(
     hidden_BTD: Float[Array, "B T D"], lm_head_DV: Float[Array, "D V"], labels_BT: Int[Array, "B T"]
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """`cross_entropy` with all logits at once."""
+    return -jnp.sum(token_log_probs_reference(hidden_BTD, lm_head_DV, labels_BT)), jnp.sum(labels_BT != IGNORED)
+
+
+def token_log_probs_reference(
+    hidden_BTD: Float[Array, "B T D"], lm_head_DV: Float[Array, "D V"], labels_BT: Int[Array, "B T"]
+) -> Float[Array, "B T"]:
+    """`token_log_probs` with all logits at once."""
     logits_BTV = jnp.einsum("btd,dv->btv", hidden_BTD, lm_head_DV.astype(hidden_BTD.dtype), preferred_element_type=jnp.float32)
-    counted_BT = labels_BT != IGNORED
     hot_BTV = jnp.arange(logits_BTV.shape[-1]) == labels_BT[..., None]
-    losses_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - jnp.sum(jnp.where(hot_BTV, logits_BTV, 0), axis=-1)
-    return jnp.sum(jnp.where(counted_BT, losses_BT, 0)), jnp.sum(counted_BT)
+    log_probs_BT = jnp.sum(jnp.where(hot_BTV, logits_BTV, 0), axis=-1) - jax.nn.logsumexp(logits_BTV, axis=-1)
+    return jnp.where(labels_BT != IGNORED, log_probs_BT, 0)
 
 
 @jax.custom_vjp
 def _sum_of_losses(hidden_ND: Array, lm_head_DV: Array, labels_N: Array) -> Array:
-    def add_chunk(total: Array, chunk: tuple[Array, Array]) -> tuple[Array, None]:
-        losses, _, _ = _chunk_losses(*chunk, lm_head_DV)
+    def add_chunk(total: Array, chunk: tuple[Array, ...]) -> tuple[Array, None]:
+        labels_C, hidden_CD = chunk
+        losses, _, _ = _chunk_losses(hidden_CD, labels_C, lm_head_DV)
         return total + losses.sum(), None
 
     total = as_varying(jnp.float32(0), varying_axes(hidden_ND))
-    return jax.lax.scan(add_chunk, total, _chunks(hidden_ND, labels_N, lm_head_DV.shape[1]))[0]
+    return jax.lax.scan(add_chunk, total, _chunks(lm_head_DV.shape[1], labels_N, hidden_ND))[0]
 
 
 def _forward(hidden_ND: Array, lm_head_DV: Array, labels_N: Array) -> tuple[Array, tuple[Array, Array]]:
-    def add_chunk(carry: tuple[Array, Array], chunk: tuple[Array, Array]) -> tuple[tuple[Array, Array], Array]:
+    def add_chunk(carry: tuple[Array, Array], chunk: tuple[Array, ...]) -> tuple[tuple[Array, Array], Array]:
         total, grad_head_DV = carry
-        hidden_CD, labels_C = chunk
+        labels_C, hidden_CD = chunk
         losses_C, logits_CV, log_z_C = _chunk_losses(hidden_CD, labels_C, lm_head_DV)
-        hot_CV = jnp.arange(logits_CV.shape[1]) == labels_C[:, None]
-        grad_CV = jnp.where((labels_C == IGNORED)[:, None], 0, jnp.exp(logits_CV - log_z_C[:, None]) - hot_CV).astype(hidden_CD.dtype)
-        grad_hidden_CD = jax.lax.dot_general(grad_CV, lm_head_DV, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-        grad_head_DV += jnp.dot(transposed_copy(hidden_CD), grad_CV, preferred_element_type=jnp.float32)
-        return (total + losses_C.sum(), grad_head_DV), grad_hidden_CD.astype(hidden_CD.dtype)
+        grad_hidden_CD, more_DV = _chunk_gradients(hidden_CD, labels_C, lm_head_DV, logits_CV, log_z_C, jnp.float32(1))
+        return (total + losses_C.sum(), grad_head_DV + more_DV), grad_hidden_CD
 
-    axes = varying_axes(hidden_ND)
-    zeros = as_varying(jnp.float32(0), axes), as_varying(jnp.zeros(lm_head_DV.shape, jnp.float32), axes)
-    chunks = _chunks(hidden_ND, labels_N, lm_head_DV.shape[1])
-    (total, grad_head_DV), grad_hidden = jax.lax.scan(add_chunk, zeros, chunks)
-    grad_hidden_ND = grad_hidden.reshape(-1, hidden_ND.shape[1])[: hidden_ND.shape[0]]
-    return total, (grad_hidden_ND, grad_head_DV.astype(lm_head_DV.dtype))
+    zeros = as_varying(jnp.float32(0), varying_axes(hidden_ND)), jnp.zeros_like(lm_head_DV, jnp.float32)
+    (total, grad_head_DV), grad_hidden = jax.lax.scan(add_chunk, zeros, _chunks(lm_head_DV.shape[1], labels_N, hidden_ND))
+    return total, (_joined(grad_hidden, labels_N.size), grad_head_DV.astype(lm_head_DV.dtype))
 
 
 def _backward(gradients: tuple[Array, Array], factor: Array) -> tuple[Array, Array, None]:
@@ -97,14 +122,53 @@ def _backward(gradients: tuple[Array, Array], factor: Array) -> tuple[Array, Arr
 _sum_of_losses.defvjp(_forward, _backward)
 
 
-def _chunks(hidden_ND: Array, labels_N: Array, vocabulary: int) -> tuple[Array, Array]:
-    """Tokens in chunks of as many rows as the limit on logits allows, the last one filled up with ignored labels."""
+@jax.custom_vjp
+def _log_probs(hidden_ND: Array, lm_head_DV: Array, labels_N: Array) -> Array:
+    return _log_probs_forward(hidden_ND, lm_head_DV, labels_N)[0]
+
+
+def _log_probs_forward(hidden_ND: Array, lm_head_DV: Array, labels_N: Array) -> tuple[Array, tuple[Array, ...]]:
+    def chunk_log_probs(chunk: tuple[Array, ...]) -> tuple[Array, Array]:
+        labels_C, hidden_CD = chunk
+        losses_C, _, log_z_C = _chunk_losses(hidden_CD, labels_C, lm_head_DV)
+        return -losses_C, log_z_C
+
+    chunks = jax.lax.map(chunk_log_probs, _chunks(lm_head_DV.shape[1], labels_N, hidden_ND))
+    log_probs_N, log_z_N = (_joined(x, labels_N.size) for x in chunks)
+    return log_probs_N, (hidden_ND, lm_head_DV, labels_N, log_z_N)
+
+
+def _log_probs_backward(saved: tuple[Array, ...], grad_N: Array) -> tuple[Array, Array, None]:
+    hidden_ND, lm_head_DV, labels_N, log_z_N = saved
+
+    def add_chunk(grad_head_DV: Array, chunk: tuple[Array, ...]) -> tuple[Array, Array]:
+        labels_C, hidden_CD, log_z_C, grad_C = chunk
+        logits_CV = jnp.dot(hidden_CD, lm_head_DV, preferred_element_type=jnp.float32)
+        grad_hidden_CD, more_DV = _chunk_gradients(hidden_CD, labels_C, lm_head_DV, logits_CV, log_z_C, -grad_C[:, None])
+        return grad_head_DV + more_DV, grad_hidden_CD
+
+    chunks = _chunks(lm_head_DV.shape[1], labels_N, hidden_ND, log_z_N, grad_N)
+    grad_head_DV, grad_hidden = jax.lax.scan(add_chunk, jnp.zeros_like(lm_head_DV, jnp.float32), chunks)
+    return _joined(grad_hidden, labels_N.size), grad_head_DV.astype(lm_head_DV.dtype), None
+
+
+_log_probs.defvjp(_log_probs_forward, _log_probs_backward)
+
+
+def _chunks(vocabulary: int, labels_N: Array, *arrays: Array) -> tuple[Array, ...]:
+    """Labels, and arrays of as many tokens, in chunks of as many rows as the limit on logits allows; the last is filled up with ignored
+    labels and zeros."""
     num_tokens = labels_N.size
     rows = min(num_tokens, max(_LEAST_CHUNK, _MAX_LOGITS // vocabulary))
     padding = -num_tokens % rows
-    hidden_ND = jnp.pad(hidden_ND, ((0, padding), (0, 0)))
-    labels_N = jnp.pad(labels_N, (0, padding), constant_values=IGNORED)
-    return hidden_ND.reshape(-1, rows, hidden_ND.shape[1]), labels_N.reshape(-1, rows)
+    padded = [jnp.pad(labels_N, (0, padding), constant_values=IGNORED)]
+    padded += [jnp.pad(x, ((0, padding), *((0, 0),) * (x.ndim - 1))) for x in arrays]
+    return tuple(x.reshape(-1, rows, *x.shape[1:]) for x in padded)
+
+
+def _joined(chunks: Array, num_tokens: int) -> Array:
+    """The inverse of `_chunks` for one array."""
+    return chunks.reshape(-1, *chunks.shape[2:])[:num_tokens]
 
 
 def _chunk_losses(hidden_CD: Array, labels_C: Array, lm_head_DV: Array) -> tuple[Array, Array, Array]:
@@ -114,3 +178,14 @@ def _chunk_losses(hidden_CD: Array, labels_C: Array, lm_head_DV: Array) -> tuple
     counted_C = labels_C != IGNORED
     label_logits_C = jnp.take_along_axis(logits_CV, jnp.where(counted_C, labels_C, 0)[:, None], axis=1)[:, 0]
     return jnp.where(counted_C, log_z_C - label_logits_C, 0), logits_CV, log_z_C
+
+
+def _chunk_gradients(
+    hidden_CD: Array, labels_C: Array, lm_head_DV: Array, logits_CV: Array, log_z_C: Array, factor: Array
+) -> tuple[Array, Array]:
+    """Gradients of the losses of a chunk, times `factor`, with respect to the hidden states and the matrix (fp32)."""
+    hot_CV = jnp.arange(logits_CV.shape[1]) == labels_C[:, None]
+    grad_CV = factor * (jnp.exp(logits_CV - log_z_C[:, None]) - hot_CV)
+    grad_CV = jnp.where((labels_C == IGNORED)[:, None], 0, grad_CV).astype(hidden_CD.dtype)
+    grad_hidden_CD = jax.lax.dot_general(grad_CV, lm_head_DV, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    return grad_hidden_CD.astype(hidden_CD.dtype), jnp.dot(transposed_copy(hidden_CD), grad_CV, preferred_element_type=jnp.float32)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from interns1pro_jax.ops import losses
-from interns1pro_jax.ops.losses import IGNORED, cross_entropy, cross_entropy_reference
+from interns1pro_jax.ops.losses import IGNORED, cross_entropy, cross_entropy_reference, token_log_probs, token_log_probs_reference
 from interns1pro_jax.sharding import constrain, make_mesh
 
 B, T, D, V = 8, 6, 16, 50
@@ -75,4 +75,38 @@ def test_no_label_at_all(mesh):
 def test_eight_devices_equal_one(sizes):
     one = on_mesh(cross_entropy, make_mesh(), *arrays())
     for x, y in zip(on_mesh(cross_entropy, make_mesh(**sizes), *arrays()), one, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+
+
+def log_probs_and_gradients(function, hidden, head, labels):
+    """Of a sum in which every token has a weight of its own, as in policy gradients."""
+    weights = jnp.sin(jnp.arange(labels.size, dtype=jnp.float32)).reshape(labels.shape)
+
+    def objective(hidden, head):
+        log_probs = function(hidden, head, labels)
+        return jnp.sum(jnp.exp(log_probs) * jax.sharding.reshard(weights, jax.typeof(log_probs).sharding.spec)), log_probs
+
+    grads, log_probs = jax.jit(jax.grad(objective, argnums=(0, 1), has_aux=True))(hidden, head)
+    return [np.asarray(x.astype(jnp.float32)) for x in (log_probs, *grads)]
+
+
+@pytest.mark.parametrize("chunk", [7, 128], ids=["many chunks", "one chunk"])
+def test_log_probs_equal_reference(chunk, mesh, monkeypatch):
+    monkeypatch.setattr(losses, "_LEAST_CHUNK", chunk)
+    monkeypatch.setattr(losses, "_MAX_LOGITS", chunk * V)
+    got, wanted = (log_probs_and_gradients(f, *arrays()) for f in (token_log_probs, token_log_probs_reference))
+    for x, y in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+    assert (got[0][np.asarray(arrays()[2]) == IGNORED] == 0).all() and (got[0] <= 0).all()
+
+
+def test_log_probs_on_eight_devices_equal_one():
+    def on(sizes):
+        with jax.set_mesh(make_mesh(**sizes)):
+            hidden, head, labels = arrays()
+            return log_probs_and_gradients(
+                token_log_probs, constrain(hidden, "batch", "sequence", None), constrain(head, "embed", None), labels
+            )
+
+    for x, y in zip(on(dict(fsdp=2, context=2, expert=2)), on({}), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
