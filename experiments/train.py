@@ -25,7 +25,6 @@ from interns1pro_jax.checkpoint.manager import CheckpointManager
 from interns1pro_jax.config import ModelConfig
 from interns1pro_jax.data.corpus import Corpus
 from interns1pro_jax.data.examples import Example
-from interns1pro_jax.data.sources import sha256_of
 from interns1pro_jax.data.unigram import unigram_loss
 from interns1pro_jax.data.validation import MEDIA, PackedExamples, Prompts, ablation, prompts
 from interns1pro_jax.infer.generate import generate
@@ -130,7 +129,7 @@ def train(
 
         beginnings = _beginnings(held_out, tokenizer, model, corpus)
         some_held_out = list(itertools.islice(held_out.in_order(), corpus.evaluation_batches))
-        identity = run_identity(model, corpus, sha256_of(corpus.tokenizer_path), optimizer, seed)
+        identity = run_identity(model, corpus, tokenizer.fingerprint, optimizer, seed)
         with CheckpointManager(workdir / "checkpoints", identity, keep_last=keep_checkpoints) as checkpoints:
             state = train_loop(
                 state,

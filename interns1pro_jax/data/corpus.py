@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int
@@ -16,9 +17,10 @@ from interns1pro_jax.data.image_processing import PixelBounds
 from interns1pro_jax.data.mixture import CurriculumStage, Mixture, Source
 from interns1pro_jax.data.pipeline import Batches, ReadConfig, RowReader
 from interns1pro_jax.data.plan import PipelineConfig, make_plan
-from interns1pro_jax.data.sources import ROWS, PreparedSource, check_fits, read_examples, sha256_of
+from interns1pro_jax.data.sources import ROWS, PreparedSource, check_fits, read_examples
 from interns1pro_jax.tokenizer.base import Tokenizer
 from interns1pro_jax.tokenizer.byte_bpe import ByteBpeTokenizer
+from interns1pro_jax.tokenizer.scientific import ScientificTokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Corpus:
     """A mixture of prepared sources, and held-out ones.
 
     Attributes:
-      tokenizer: its file.
+      tokenizer: a directory of a release, or a `tokenizer.json`.
       sources: what is trained on.
       pipeline: sizes of rows and batches, and their order.
       directory: that the other paths start from: local, gs:// or s3://.
@@ -50,13 +52,17 @@ class Corpus:
     evaluation_batches: int = 8
     samples: int = 8
 
-    @property
-    def tokenizer_path(self) -> str:
-        return paths.join(self.directory, self.tokenizer)
+    def load_tokenizer(self) -> Tokenizer:
+        """The tokenizer: of a released directory, which must be local, or of a `tokenizer.json`.
 
-    def load_tokenizer(self) -> ByteBpeTokenizer:
-        with paths.local_copy(self.tokenizer_path) as path:
-            return ByteBpeTokenizer.load(path)
+        Raises:
+          ConfigError: it cannot be read.
+        """
+        path = paths.join(self.directory, self.tokenizer)
+        if Path(path).is_dir():
+            return ScientificTokenizer.load(path)
+        with paths.local_copy(path) as local:
+            return ByteBpeTokenizer.load(local)
 
     def open_sources(self) -> list[PreparedSource]:
         """The prepared sources, in the order of their paths, as a `Mixture` has them.
@@ -98,7 +104,7 @@ class Corpus:
             raise ConfigError(
                 f"the tokenizer has {tokenizer.vocab_size} ids; TextConfig.vocab_size={model.text.vocab_size} must not be smaller."
             )
-        check_fits(sources, sha256_of(self.tokenizer_path), model, self.pipeline.row)
+        check_fits(sources, tokenizer.fingerprint, model, self.pipeline.row)
         config = self.pipeline
         rows = bool(sources) and sources[0].manifest.kind == ROWS
         align = config.window * config.batch_size if rows else config.block

@@ -1,14 +1,14 @@
 """The forms of a user's record, in JSON lines or Parquet, and how each becomes a document.
 
-    {"messages": [{"role": "user", "content": ...}, ...]}     a conversation; contents are strings or lists of items
+    {"messages": [{"role": "user", "content": ...}, ...]}     a conversation (`tokenizer.messages`); contents are strings or lists of items
     {"content": [item, ...]}                                  text, images, videos and signals in reading order
     {"text": "..."}                                           a plain document
     {"fields": {"name": value, ...}}                          a structured record, for `transforms` to put into words
 
 Items are OpenAI's: {"type": "text", "text": ...}, {"type": "image_url", "image_url": {"url": ...}}, {"type": "video_url", ...}, and
 {"type": "time_series_url", "time_series_url": {"url": ..., "sampling_rate": ...}}. A URL is a path, relative to the directory of the
-file or absolute, or data:...;base64,.... Any record may have "id", "tags" and "licence". Everything else is an error with a reason, so
-that no misspelt key drops an image.
+file or absolute, or data:...;base64,.... Any record may have "id", "tags" and "licence", and beside messages "tools". Everything else
+is an error with a reason, so that no misspelt key drops an image.
 """
 
 from __future__ import annotations
@@ -25,10 +25,9 @@ from interns1pro_jax.data import paths
 from interns1pro_jax.data.media.images import read_image
 from interns1pro_jax.data.media.signals import read_signal
 from interns1pro_jax.data.media.videos import read_video
-from interns1pro_jax.data.records import Document, ImagePart, Part, RejectedRecord, SignalPart, TextPart, VideoPart, turn
+from interns1pro_jax.data.records import Document, ImagePart, Part, RejectedRecord, TextPart, VideoPart
 
 FORMS = ("messages", "content", "text", "fields")
-ROLES = ("system", "user", "assistant", "tool")
 _COMMON = {"id", "tags", "licence"}
 _BAD_FORM = "not a known form"
 
@@ -59,56 +58,58 @@ class RecordReader:
         """
         if not isinstance(record, Mapping):
             raise RejectedRecord(_BAD_FORM, f"a record is an object, not {type(record).__name__}.")
+        messages = None
         forms = [form for form in FORMS if form in record]
         if len(forms) != 1:
             raise RejectedRecord(_BAD_FORM, f"a record has one of {', '.join(FORMS)}, not {forms or sorted(record)}.")
-        if unknown := sorted(set(record) - _COMMON - {forms[0]}):
+        if unknown := sorted(set(record) - _COMMON - {forms[0]} - ({"tools"} if forms[0] == "messages" else set())):
             raise RejectedRecord(_BAD_FORM, f"unknown keys {unknown}; a record with {forms[0]!r} may have {', '.join(sorted(_COMMON))}.")
         tags = record.get("tags", ())
         if isinstance(tags, str) or not isinstance(tags, Sequence) or not all(isinstance(tag, str) for tag in tags):
             raise RejectedRecord(_BAD_FORM, f"tags={tags!r} must be a list of strings.")
         match forms[0]:
             case "messages":
-                parts = self._conversation(record["messages"])
+                messages, parts = self._conversation(record["messages"])
             case "content":
-                parts = self._items(record["content"])
+                parts = tuple(part for _, part in self._items(record["content"]))
             case "text":
                 parts = (TextPart(_text(record["text"], "text")),)
             case _:
-                raise RejectedRecord(_BAD_FORM, "structured fields need a template that puts them into words; give --transform.")
-        licence = record.get("licence", self.licence)
-        return Document(parts, self.source, str(licence), str(record.get("id", identifier)), tuple(tags), forms[0] == "messages")
+                raise RejectedRecord("not a known form", "structured fields need a template that puts them into words; give --transform.")
+        tools = record.get("tools", ())
+        if not isinstance(tools, list | tuple) or (tools and messages is None):
+            raise RejectedRecord("not a known form", "tools is a list, beside messages.")
+        licence, name = str(record.get("licence", self.licence)), str(record.get("id", identifier))
+        return Document(parts, self.source, licence, name, tuple(tags), messages, tuple(tools))
 
-    def _conversation(self, messages: Any) -> tuple[Part, ...]:
-        if not isinstance(messages, list) or not messages:
-            raise RejectedRecord(_BAD_FORM, "messages must be a list of at least one message.")
-        parts: tuple[Part, ...] = ()
-        for number, message in enumerate(messages):
-            role = message.get("role") if isinstance(message, Mapping) else None
-            if role not in ROLES or set(message) - {"role", "content", "loss"} or (role == "system" and number):
-                raise RejectedRecord(
-                    _BAD_FORM, f"message {number} must have a role of {', '.join(ROLES)} (system only first), a content, and nothing else."
-                )
-            if number == 0 and role != "system" and self.system is not None:
-                parts += turn("system", (TextPart(self.system),), False)
-            content = message.get("content")
-            contents: tuple[Part, ...] = (TextPart(content),) if isinstance(content, str) else self._items(content)
-            if role == "assistant" and not all(isinstance(part, TextPart) for part in contents):
-                raise RejectedRecord(_BAD_FORM, f"message {number}: an assistant writes text only.")
-            parts += turn(role, contents, role == "assistant" and message.get("loss", True) is not False)
-        if not any(message["role"] == "assistant" for message in messages):
+    def _conversation(self, messages: Any) -> tuple[tuple[Mapping[str, Any], ...], tuple[Part, ...]]:
+        """Messages in the tokenizer's form, and their media. What the tokenizer checks is left to it."""
+        if not isinstance(messages, list) or not messages or not all(isinstance(message, Mapping) for message in messages):
+            raise RejectedRecord(_BAD_FORM, "messages must be a list of at least one message, each an object.")
+        if not any(message.get("role") == "assistant" for message in messages):
             raise RejectedRecord("nothing to learn", "no message is an assistant's.")
-        return parts
+        rewritten, media = [], []
+        if self.system is not None and messages[0].get("role") != "system":
+            rewritten.append({"role": "system", "content": self.system})
+        for message in messages:
+            content = message.get("content")
+            if isinstance(content, list):
+                items = self._items(content)
+                media += [part for _, part in items if not isinstance(part, TextPart)]
+                message = {**message, "content": [item for item, _ in items]}
+            rewritten.append(message)
+        return tuple(rewritten), tuple(media)
 
-    def _items(self, items: Any) -> tuple[Part, ...]:
+    def _items(self, items: Any) -> list[tuple[dict[str, Any], Part]]:
+        """Items in the tokenizer's form, and as parts."""
         if not isinstance(items, list) or not items:
             raise RejectedRecord(_BAD_FORM, "a content must be a string or a list of at least one item.")
-        return tuple(self._item(number, item) for number, item in enumerate(items))
+        return [self._item(number, item) for number, item in enumerate(items)]
 
-    def _item(self, number: int, item: Any) -> Part:
+    def _item(self, number: int, item: Any) -> tuple[dict[str, Any], Part]:
         kind = item.get("type") if isinstance(item, Mapping) else None
         if kind == "text" and set(item) == {"type", "text"}:
-            return TextPart(_text(item["text"], f"item {number}"))
+            return dict(item), TextPart(_text(item["text"], f"item {number}"))
         if kind not in ("image_url", "video_url", "time_series_url") or set(item) != {"type", kind} or not isinstance(item[kind], Mapping):
             raise RejectedRecord(_BAD_FORM, f"item {number} is no text, image_url, video_url or time_series_url of the documented form.")
         details = dict(item[kind])
@@ -120,15 +121,15 @@ class RecordReader:
         shown = url if not url.startswith("data:") else f"item {number}"
         match kind:
             case "image_url":
-                return ImagePart(read_image(content, name=shown), content)
+                return {"type": "image"}, ImagePart(read_image(content, name=shown), content)
             case "video_url":
                 if self.vision is None:
                     raise RejectedRecord("no tower", "the model has no vision tower for a video; drop the record.")
                 video = read_video(content, self.vision, name=shown)
-                return VideoPart(video.frames, tuple(video.seconds))
+                return {"type": "video"}, VideoPart(video.frames, tuple(video.seconds))
             case _:
                 signal = read_signal(content, name=shown, **{"format": suffix, **details})
-                return SignalPart(signal.samples, signal.sampling_rate, signal.unit)
+                return {"type": "time_series"}, signal
 
     def _fetch(self, url: str) -> tuple[bytes, str]:
         """The bytes behind a URL, and the suffix that names their format."""

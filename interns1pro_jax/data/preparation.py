@@ -23,7 +23,7 @@ from interns1pro_jax.data.examples import Example, encode_record
 from interns1pro_jax.data.formats import RecordReader, parse_line
 from interns1pro_jax.data.packing import COLUMNS, RowSize, attention_cost, plan_rows
 from interns1pro_jax.data.quarantine import Fault
-from interns1pro_jax.data.records import DataError, Document, MarkPart, RejectedRecord, TextPart
+from interns1pro_jax.data.records import DataError, Document, RejectedRecord
 from interns1pro_jax.data.sources import DOCUMENTS, MANIFEST, ROWS, Manifest, Shard, ShardWriter, vision_geometry, write_index
 from interns1pro_jax.data.transforms import Transform
 from interns1pro_jax.ops.losses import IGNORED
@@ -32,8 +32,8 @@ PARTS = "parts"
 REJECTED = "rejected.jsonl"
 # A larger one makes slower random reads where a store cannot seek, a smaller one more files.
 _RECORDS_PER_SHARD = 4096
-# Rows that are packed together; what they leave empty is at most half a row of them.
-_ROWS_PACKED_TOGETHER = 256
+# What is packed together, at least; the rows that are left unfilled at its end are few beside it.
+_ROWS_PACKED_TOGETHER, _TOKENS_PACKED_TOGETHER = 256, 1 << 22
 _BYTES_PACKED_TOGETHER = 1 << 28
 
 
@@ -134,13 +134,13 @@ class PartBuilder:
         self._documents += 1
         self._tokens += len(example.ids)
         self._licences[document.licence] += 1
-        self._own_system += _has_system(document)
+        self._own_system += bool(document.messages and document.messages[0].get("role") == "system")
         self._waiting.append(example)
         self._waiting_tokens += len(example.ids)
         self._waiting_bytes += _bytes_of(example)
         enough = self._config.chunk_tokens
         if self._config.kind == ROWS and self._config.row is not None:
-            enough = _ROWS_PACKED_TOGETHER * self._config.row.tokens
+            enough = max(_ROWS_PACKED_TOGETHER * self._config.row.tokens, _TOKENS_PACKED_TOGETHER)
         full = self._waiting_tokens >= enough
         if full or self._waiting_bytes >= _BYTES_PACKED_TOGETHER:
             self._flush()
@@ -194,9 +194,7 @@ class PartBuilder:
         self._in_shard += 1
 
 
-def complete(
-    directory: str, parts: Sequence[Part], config: PreparationConfig, encoder: DocumentEncoder, tokenizer: str, content: str
-) -> Manifest:
+def complete(directory: str, parts: Sequence[Part], config: PreparationConfig, encoder: DocumentEncoder, content: str) -> Manifest:
     """Writes the tables and the manifest of a source whose parts are all there.
 
     Raises:
@@ -230,7 +228,7 @@ def complete(
         tokens=sum(part.tokens for part in parts),
         trained_tokens=sum(part.trained_tokens for part in parts),
         row=config.row if config.kind == ROWS else None,
-        tokenizer=tokenizer,
+        tokenizer=encoder.tokenizer.fingerprint,
         vision=vision_geometry(encoder.model),
         rejected=dict(Counter(fault.reason for fault in faults)),
         own_system=sum(part.own_system for part in parts),
@@ -243,7 +241,7 @@ def complete(
 
 
 def write_documents(
-    directory: str, documents: Iterable[Document], config: PreparationConfig, encoder: DocumentEncoder, tokenizer: str, content: str = ""
+    directory: str, documents: Iterable[Document], config: PreparationConfig, encoder: DocumentEncoder, content: str = ""
 ) -> Manifest:
     """Makes a source of documents in memory.
 
@@ -253,7 +251,7 @@ def write_documents(
     builder = PartBuilder(config, encoder, directory, 0)
     for document in documents:
         builder.add(document)
-    return complete(directory, [builder.finish()], config, encoder, tokenizer, content)
+    return complete(directory, [builder.finish()], config, encoder, content)
 
 
 def slices_of(inputs: Sequence[str], slice_bytes: int) -> list[Slice]:
@@ -303,10 +301,10 @@ def prepare_slice(
     return builder.finish(faults)
 
 
-def digest(config: PreparationConfig, encoder: DocumentEncoder, reader: RecordReader, tokenizer: str, extra: Any) -> str:
+def digest(config: PreparationConfig, encoder: DocumentEncoder, reader: RecordReader, extra: Any) -> str:
     """Equal digests mean that a slice would become the same part."""
     content: list[Any] = [dataclasses.asdict(config), vision_geometry(encoder.model), encoder.model.time_series is not None]
-    content += [dataclasses.asdict(encoder.bounds), dataclasses.asdict(reader), tokenizer, extra]
+    content += [dataclasses.asdict(encoder.bounds), dataclasses.asdict(reader), encoder.tokenizer.fingerprint, extra]
     return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
 
 
@@ -396,13 +394,6 @@ def _bytes_of(example: Example) -> int:
         content = getattr(medium, "content", None)
         total += len(content) if content is not None else getattr(medium, "frames", getattr(medium, "samples", np.zeros(0))).nbytes
     return total
-
-
-def _has_system(document: Document) -> bool:
-    match document.parts[:2]:
-        case (MarkPart(), TextPart(text)):
-            return document.conversation and text == "system\n"
-    return False
 
 
 def _reasons_in_words(faults: Sequence[Fault]) -> str:

@@ -6,11 +6,11 @@ What training reads is their encoded form (`examples`).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
-
-from interns1pro_jax.tokenizer import base
 
 
 class DataError(RuntimeError):
@@ -36,18 +36,7 @@ class RejectedRecord(DataError):
 
 @dataclasses.dataclass(frozen=True)
 class TextPart:
-    """Text; `trained` where a model is to learn to write it."""
-
     text: str
-    trained: bool = True
-
-
-@dataclasses.dataclass(frozen=True)
-class MarkPart:
-    """A special token by its name."""
-
-    token: str
-    trained: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -81,7 +70,7 @@ class SignalPart:
     unit: str
 
 
-Part = TextPart | MarkPart | ImagePart | VideoPart | SignalPart
+Part = TextPart | ImagePart | VideoPart | SignalPart
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -89,12 +78,13 @@ class Document:
     """One training document.
 
     Attributes:
-      parts: in reading order.
+      parts: in reading order; of a conversation only its media.
       source: name of the collection it comes from.
       licence: terms under which it may be used.
       identifier: unique within the source.
       tags: what it is, for selection and statistics.
-      conversation: whether it ends with its last turn; other documents end with `<|endoftext|>`.
+      messages: of a conversation, as `tokenizer.messages` has them; the items of its media are `{"type": "image"}` and the like.
+      tools: that the conversation may call.
     """
 
     parts: tuple[Part, ...]
@@ -102,19 +92,9 @@ class Document:
     licence: str
     identifier: str
     tags: tuple[str, ...] = ()
-    conversation: bool = False
+    messages: tuple[Mapping[str, Any], ...] | None = None
+    tools: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def name(self) -> str:
         return f"{self.source}:{self.identifier}"
-
-
-def turn(role: str, parts: tuple[Part, ...], trained: bool) -> tuple[Part, ...]:
-    """A turn of a conversation in the form of the released chat template (spec 5.4): marks, role, contents.
-
-    Args:
-      trained: whether a model learns to write the contents and the mark that ends them.
-    """
-    contents = tuple(dataclasses.replace(part, trained=trained) if isinstance(part, TextPart) else part for part in parts)
-    begin = (MarkPart(base.TURN_START), TextPart(f"{role}\n", trained=False))
-    return (*begin, *contents, MarkPart(base.TURN_END, trained), TextPart("\n", trained=False))

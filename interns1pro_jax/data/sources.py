@@ -61,7 +61,7 @@ class Manifest:
       shards: its files.
       documents, tokens, trained_tokens: in all of them.
       row: size of the rows; None for documents.
-      tokenizer: SHA-256 of the tokenizer's file.
+      tokenizer: fingerprint of the tokenizer.
       vision: patch size, merge size and temporal patch size that images were measured for; None without a vision tower.
       rejected: how many records of the input could not be used, by reason.
       own_system: documents that begin with a system message of their own.
@@ -294,8 +294,8 @@ def write_index(directory: str, arrays: Mapping[str, np.ndarray]) -> None:
         paths.write_bytes(paths.join(directory, f"index/{name}.npy"), content.getvalue())
 
 
-def check_fits(sources: Sequence[PreparedSource], tokenizer_sha256: str, model: ModelConfig, row: RowSize) -> None:
-    """Whether sources were prepared for this tokenizer, model and size of rows.
+def check_fits(sources: Sequence[PreparedSource], tokenizer: str, model: ModelConfig, row: RowSize) -> None:
+    """Whether sources were prepared for this tokenizer (by its fingerprint), model and size of rows.
 
     Raises:
       DataError: naming the source that was not.
@@ -303,7 +303,7 @@ def check_fits(sources: Sequence[PreparedSource], tokenizer_sha256: str, model: 
     geometry: Any = vision_geometry(model)
     for source in sources:
         manifest = source.manifest
-        if manifest.tokenizer != tokenizer_sha256:
+        if manifest.tokenizer != tokenizer:
             raise DataError(f"{source.directory} was prepared with another tokenizer; prepare it again with the one of this run.")
         if manifest.vision is not None and manifest.vision != geometry:
             raise DataError(

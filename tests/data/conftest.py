@@ -12,7 +12,6 @@ from interns1pro_jax.data.packing import RowSize
 from interns1pro_jax.data.plan import PipelineConfig
 from interns1pro_jax.data.preparation import PreparationConfig, write_documents
 from interns1pro_jax.data.records import Document, ImagePart, SignalPart, TextPart
-from interns1pro_jax.data.sources import sha256_of
 from interns1pro_jax.tokenizer.base import model_token_ids
 from interns1pro_jax.tokenizer.byte_bpe import ByteBpeTokenizer
 
@@ -89,12 +88,11 @@ def directory(tmp_path_factory, encoder, config):
     """Prepared sources of every kind: documents, one to a record and many to a record, and packed rows."""
     root = tmp_path_factory.mktemp("prepared")
     encoder.tokenizer.save(root / "tokenizer.json")
-    digest = sha256_of(root / "tokenizer.json")
     for kind, count in KINDS.items():
         made = [make_document(number, kind) for number in range(count)]
-        write_documents(str(root / "documents" / kind), made, PreparationConfig("documents", config.row), encoder, digest)
-        write_documents(str(root / "chunks" / kind), made, PreparationConfig("documents", config.row, 300), encoder, digest)
-        write_documents(str(root / "rows" / kind), made, PreparationConfig("rows", config.row), encoder, digest)
+        write_documents(str(root / "documents" / kind), made, PreparationConfig("documents", config.row), encoder)
+        write_documents(str(root / "chunks" / kind), made, PreparationConfig("documents", config.row, 300), encoder)
+        write_documents(str(root / "rows" / kind), made, PreparationConfig("rows", config.row), encoder)
     return root
 
 

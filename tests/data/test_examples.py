@@ -9,10 +9,11 @@ import pytest
 from interns1pro_jax.config import ConfigError
 from interns1pro_jax.data.examples import StoredImage, StoredSignal, StoredVideo, decode_record, encode_record
 from interns1pro_jax.data.packing import RowSize
-from interns1pro_jax.data.records import DamagedRecord, DataError, Document, SignalPart, TextPart, VideoPart, turn
-from interns1pro_jax.data.sources import PreparedSource, ShardWriter, read_examples
+from interns1pro_jax.data.records import DamagedRecord, DataError, Document, ImagePart, SignalPart, TextPart, VideoPart
+from interns1pro_jax.data.sources import Manifest, PreparedSource, ShardWriter, read_examples, write_index
 from interns1pro_jax.models.time_series_inputs import MAX_SAMPLES, tokens_of
 from interns1pro_jax.tokenizer import base
+from interns1pro_jax.tokenizer.scientific import ScientificTokenizer
 
 from .conftest import KINDS, make_document
 
@@ -55,12 +56,38 @@ def test_a_video_has_its_times_and_a_pair_of_marks_for_each_patch(encoder, token
     assert isinstance(stored, StoredVideo) and np.array_equal(stored.frames, frames)
 
 
-def test_a_conversation_learns_what_an_assistant_writes(encoder, tokenizer):
-    parts = turn("user", (TextPart("wave"),), False) + turn("assistant", (TextPart("of light"),), True)
-    example = encoder.encode(Document(parts, "made", "", "c", conversation=True))
-    assert tokenizer.decode(example.ids.tolist()) == "<|im_start|>user\nwave<|im_end|>\n<|im_start|>assistant\nof light<|im_end|>\n"
+@pytest.fixture
+def released(reference, encoder):
+    """An encoder with the released tokenizer."""
+    tokenizer = ScientificTokenizer.load(reference / "official")
+    ids = {name: tokenizer.special(token) for name, token in (("image_token_id", base.IMAGE), ("ts_token_id", base.SIGNAL))}
+    return dataclasses.replace(encoder, tokenizer=tokenizer, model=dataclasses.replace(encoder.model, **ids))
+
+
+def test_a_conversation_learns_what_an_assistant_writes(released):
+    pixels, samples = np.full((32, 64, 3), 200, np.uint8), np.sin(np.arange(50, dtype=np.float32))[:, None]
+    question = [{"type": "text", "text": "What is "}, {"type": "image"}, {"type": "text", "text": " beside "}, {"type": "time_series"}]
+    messages = ({"role": "user", "content": question}, {"role": "assistant", "content": "A wave."})
+    parts = (ImagePart(pixels), SignalPart(samples, 10.0, "V"))
+    example = released.encode(Document(parts, "made", "", "c", messages=messages))
+    assert (example.ids == released.model.image_token_id).sum() == 2
+    assert (example.ids == released.model.ts_token_id).sum() == example.media[1].signal().tokens
     labels = example.labels()
-    assert tokenizer.decode(labels[labels != -100].tolist()) == "of light<|im_end|>"
+    assert released.tokenizer.decode(labels[labels != -100].tolist()).endswith("A wave.<|im_end|>")
+    assert "What" not in released.tokenizer.decode(labels[labels != -100].tolist())
+
+
+def test_a_system_prompt_is_what_the_template_makes_of_it(released):
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+    with_system = released.tokenizer.encode_chat([{"role": "system", "content": "You are a chemist."}, *messages]).ids
+    without = released.tokenizer.encode_chat(messages).ids
+    prompt = released.system_prompt("You are a chemist.")
+    assert np.array_equal(with_system, np.concatenate([prompt, without]))
+
+
+def test_a_conversation_needs_a_template(encoder):
+    with pytest.raises(ConfigError, match="needs a tokenizer with a chat template"):
+        encoder.encode(Document((), "made", "", "c", messages=({"role": "assistant", "content": "Hi"},)))
 
 
 def test_media_need_their_tower(documents, encoder, model):
@@ -130,8 +157,6 @@ def test_sources_give_back_every_document_in_any_order(directory, encoder):
 @pytest.fixture
 def copy(tmp_path, examples):
     """A source of two shards and its files."""
-    from interns1pro_jax.data.sources import Manifest, write_index
-
     shards = []
     for number in range(2):
         writer = ShardWriter(str(tmp_path), f"shards/{number}.array_record")

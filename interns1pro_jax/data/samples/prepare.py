@@ -105,8 +105,8 @@ class SampleData:
             found = [sources.PreparedSource(str(self.directory / split / source)) for split in SPLITS for source in self.counts[split]]
         except DataError:
             return False
-        digest = sources.sha256_of(self.directory / TOKENIZER)
-        return not any(source.damaged() or source.manifest.tokenizer != digest for source in found)
+        tokenizer = ByteBpeTokenizer.load(self.directory / TOKENIZER).fingerprint
+        return not any(source.damaged() or source.manifest.tokenizer != tokenizer for source in found)
 
 
 def split_of(group: str, validation_share: float) -> str:
@@ -148,11 +148,10 @@ def prepare(downloads: Path, output: Path, vocab_size: int, progress: Callable[[
     tokenizer.save(output / TOKENIZER)
     ids: dict[str, Any] = {**base.model_token_ids(tokenizer)}
     encoder = DocumentEncoder(tokenizer, ModelConfig(**ids), _BOUNDS)
-    digest = sources.sha256_of(output / TOKENIZER)
     config = PreparationConfig(sources.DOCUMENTS, row=None)
     for split in SPLITS:
         for source, splits in documents.items():
-            write_documents(str(output / split / source), splits[split], config, encoder, digest, wanted)
+            write_documents(str(output / split / source), splits[split], config, encoder, wanted)
     data = SampleData(
         output,
         fingerprint=wanted,
