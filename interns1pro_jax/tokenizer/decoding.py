@@ -62,9 +62,7 @@ class StreamDecoder:
 
     def finish(self) -> str:
         """What is left when no more ids come: U+FFFD for a character without its end. The stream can be used for another text then."""
-        rest = self._utf8.decode(b"", final=True)
-        self._utf8.reset()
-        return rest
+        return self._utf8.decode(b"", final=True)
 
 
 def token_bytes(name: str, specials: Mapping[str, int] | Collection[str] = ()) -> bytes:

@@ -16,6 +16,7 @@ ADVERSARIES = {
     "unit that touches a letter": "CCCCCCCCCCCx",
     "open brackets": "[",
     "open brackets with units": "[C",
+    "units and an open bracket": "CCCCCCCCCC[ ",
     "closing brackets": "]",
     "brackets": "[C]",
     "empty brackets": "[]",
@@ -74,10 +75,10 @@ def test_long_adversaries_are_read_to_their_end(name):
 
 def test_texts_of_a_batch_do_not_touch():
     """A bracket closes, and a run ends, within its text."""
-    texts = ["[C", f"x]{BENZENE}", "CCCCCC", "CCCCCC", "", "ACGTACGTACGTACGTACGTACGT", "ACGTACGT", BENZENE]
+    texts = ["[C", f"x]{BENZENE}", "CCCCCC", "CCCCCC", "", "ACGTACGTACGTACGTACGTACGT", "ACGTACGT", BENZENE, "CCCCCCCCCC[N", "C]"]
     together = detection.find(texts, smiles.by_rules)
     alone = [span._replace(text=index) for index, text in enumerate(texts) for span in detection.find([text], smiles.by_rules)]
-    assert together == alone == [Span(1, 2, 18, Kind.SMILES), Span(7, 0, 16, Kind.SMILES)]
+    assert together == alone == [Span(1, 2, 18, Kind.SMILES), Span(7, 0, 16, Kind.SMILES), Span(8, 0, 10, Kind.SMILES)]
 
 
 def test_lengths_at_the_border():
