@@ -10,7 +10,7 @@ within a pack of rows: where the last pack's rows would be too many, they take t
 All other rows that are not of the group count as zeros on both sides, so that not even what is no number crosses over; and a group
 without rows is a block of none, whose products are the zeros that it needs.
 
-Whatever a visit needs to know is computed ahead, and its copies are started within its run: between two runs there are waits only.
+Whatever a visit needs to know is computed ahead, and copies are started at the end of a run: between two runs there are waits only.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class OuterTiling:
       units: the most of them in a block of rows; there is code for any number up to this.
       columns: columns of a tile of the result.
       panels: parts of all columns, each a pass over the rows; a multiple of the cores.
-      read_ahead: visits whose rows are read ahead.
+      slots: buffers for rows of visits; one is in use, the others are read ahead.
       results: buffers for finished tiles.
       adds_beside: units of a block from which on adding to a sum hides behind the products; smaller blocks that are their group's only
         one have code that does without.
@@ -51,7 +51,7 @@ class OuterTiling:
     units: int
     columns: int
     panels: int
-    read_ahead: int
+    slots: int
     results: int
     adds_beside: int
     vmem_limit: int
@@ -83,7 +83,7 @@ class Visits:
 
     Attributes:
       visits: int32 [len(FIELDS), V].
-      count: int32 [1], visits in use. So many as are read ahead follow that read nothing.
+      count: int32 [1], visits in use. As many as there are buffers follow that read nothing.
     """
 
     visits: jax.Array
@@ -99,7 +99,7 @@ GROUP, COLUMN, START, READ, HEAD, END, RUN, FIRST, LEFT, RIGHT, RESULT, READS_LE
 
 def plan_visits(group_sizes_G: jax.Array, num_rows: int, tiles: int, tiling: OuterTiling) -> Visits:
     """The visits of one panel. `num_rows` is a multiple of PACK; the groups' rows may fall short of it by less than that."""
-    num_groups, slots = group_sizes_G.size, tiling.read_ahead + 1
+    num_groups = group_sizes_G.size
     end_G = jnp.cumsum(group_sizes_G)
     start_G = jnp.minimum((end_G - group_sizes_G) // PACK * PACK, num_rows - PACK)
     head_G = jnp.where(group_sizes_G > 0, end_G - group_sizes_G - start_G, 0)
@@ -111,7 +111,7 @@ def plan_visits(group_sizes_G: jax.Array, num_rows: int, tiles: int, tiling: Out
 
     last_G = jnp.cumsum(blocks_G * tiles)
     max_visits = ((num_rows + 2 * PACK * num_groups) // tiling.block_rows + num_groups) * tiles
-    visit_V = jnp.arange(max_visits + tiling.read_ahead)
+    visit_V = jnp.arange(max_visits + tiling.slots)
     is_used_V = visit_V < last_G[-1]
     group_V = jnp.minimum((visit_V[:, None] >= last_G).sum(1), num_groups - 1)
     within_V, blocks_V = visit_V - (last_G - blocks_G * tiles)[group_V], blocks_G[group_V]
@@ -127,7 +127,7 @@ def plan_visits(group_sizes_G: jax.Array, num_rows: int, tiles: int, tiling: Out
     fields = (
         group_V, tile_V * tiling.columns, start_G[group_V] + skipped_V, jnp.where(is_used_V, jnp.maximum(-(-end_V // PACK), 1) * PACK, 0),
         jnp.where(is_first_V, head_G[group_V], 0), end_V, run_V, is_first_V,
-        (jnp.cumsum(reads_left_V) - 1) % slots, visit_V % slots, result_V % tiling.results,
+        (jnp.cumsum(reads_left_V) - 1) % tiling.slots, visit_V % tiling.slots, result_V % tiling.results,
         reads_left_V, is_last_V & (result_V >= tiling.results),
     )  # fmt: skip
     return Visits(jnp.stack([field.astype(jnp.int32) for field in fields]), last_G[-1:].astype(jnp.int32))
@@ -161,7 +161,7 @@ def grouped_outer(
     panel = num_columns // tiling.panels
     tiles = panel // tiling.columns
     visits = plan_visits(group_sizes_G, num_rows, tiles, tiling)
-    slots, block = tiling.read_ahead + 1, tiling.block_rows + PACK
+    block = tiling.block_rows + PACK
     return pl.pallas_call(
         functools.partial(_kernel, tiling=tiling, panel=panel, num_results=num_groups * tiles),
         out_shape=varying_like((num_groups, depth, num_columns), dtype, lhs_MK, rhs_MN, visits.visits),
@@ -171,12 +171,12 @@ def grouped_outer(
             in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * 2,
             out_specs=pl.BlockSpec(memory_space=pl.ANY),
             scratch_shapes=[
-                pltpu.VMEM((slots, block, depth), lhs_MK.dtype),
-                pltpu.VMEM((slots, block, tiling.columns), rhs_MN.dtype),
+                pltpu.VMEM((tiling.slots, block, depth), lhs_MK.dtype),
+                pltpu.VMEM((tiling.slots, block, tiling.columns), rhs_MN.dtype),
                 pltpu.VMEM((tiling.results, depth, tiling.columns), dtype),
                 pltpu.VMEM((depth, tiling.columns), jnp.float32),
-                pltpu.SemaphoreType.DMA((slots,)),
-                pltpu.SemaphoreType.DMA((slots,)),
+                pltpu.SemaphoreType.DMA((tiling.slots,)),
+                pltpu.SemaphoreType.DMA((tiling.slots,)),
                 pltpu.SemaphoreType.DMA((tiling.results,)),
             ],
         ),
@@ -239,7 +239,6 @@ def _kernel(  # type: ignore[no-untyped-def]
         return jnp.concatenate([first, between(0, end - PACK, ring[PACK:count, features], 0)]) if count > PACK else first
 
     def run(visit, block: Run) -> None:  # type: ignore[no-untyped-def]
-        start_reading(visit + tiling.read_ahead)
         left, right = lhs_ring.at[visits[LEFT, visit]], rhs_ring.at[visits[RIGHT, visit]]
         own = functools.partial(own_rows, head=visits[HEAD, visit], end=visits[END, visit], count=block.units * tiling.unit)
         is_first, result = visits[FIRST, visit] == 1, results.at[visits[RESULT, visit]]
@@ -261,6 +260,7 @@ def _kernel(  # type: ignore[no-untyped-def]
                 total[features] = product
         if block.gives:
             result_copy(visit).start()
+        start_reading(visit + tiling.slots)  # into the buffers that are free now
 
     def step(visit, carry: None) -> None:  # type: ignore[no-untyped-def]
         @pl.when(visits[READS_LEFT, visit] == 1)
@@ -273,10 +273,17 @@ def _kernel(  # type: ignore[no-untyped-def]
         def _() -> None:
             result_copy(visit).wait()  # of the tile that had this buffer
 
-        for index, block in enumerate(tiling.runs):
-            pl.when(visits[RUN, visit] == index)(functools.partial(run, visit, block))
+        choose(visit, 0, len(tiling.runs))
 
-    for visit in range(tiling.read_ahead):
+    def choose(visit, first: int, last: int) -> None:  # type: ignore[no-untyped-def]
+        """One of the runs [first, last), by halves: every condition takes a while."""
+        if last - first == 1:
+            return run(visit, tiling.runs[first])
+        middle = (first + last) // 2
+        pl.when(visits[RUN, visit] < middle)(lambda: choose(visit, first, middle))
+        pl.when(visits[RUN, visit] >= middle)(lambda: choose(visit, middle, last))
+
+    for visit in range(tiling.slots):
         start_reading(visit)
     jax.lax.fori_loop(0, count[0], step, None)
     for slot in range(min(tiling.results, num_results)):

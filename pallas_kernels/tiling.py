@@ -118,16 +118,16 @@ def _outer_tiling(chip: Chip, group_rows: float, depth: int, num_columns: int, i
     found: list[tuple[float, OuterTiling]] = []
     for columns in (c for c in range(128, panel + 1, 128) if panel % c == 0):
         cost = BlockCost(_per_row(chip, depth, columns, itemsize), 0, chip.region_overhead + OUTER_STEP)
-        for units, read_ahead, results in itertools.product(OUTER_UNITS, (1, 2, 3, 4), (2, 3, 4)):
+        for units, slots, results in itertools.product(OUTER_UNITS, (2, 3, 4, 5), (2, 3, 4)):
             block, tiles = units * chip.depth, panel // columns
             cycles, blocks = _outer_cycles(chip.depth, units, cost, group_rows)
-            rings = (read_ahead + 1) * (block + PACK) * (depth + columns) * itemsize + results * depth * columns * out_itemsize
+            rings = slots * (block + PACK) * (depth + columns) * itemsize + results * depth * columns * out_itemsize
             in_a_run = block * (columns + 3 * SLICE // 2) * itemsize  # right rows without strangers, left rows of a slice transposed
             if rings + depth * columns * 4 + in_a_run + RESERVED > chip.vmem:
                 continue
             adds_beside = 0 if chip.depth == 128 else 2
-            tiling = OuterTiling(chip.depth, units, columns, panels, read_ahead, results, adds_beside, chip.vmem - MIB)
-            ahead = min(read_ahead, 2 * results - 2) / (tiles * blocks)
+            tiling = OuterTiling(chip.depth, units, columns, panels, slots, results, adds_beside, chip.vmem - MIB)
+            ahead = min(slots - 1, 2 * results - 2) / (tiles * blocks)
             found.append((_with_imbalance(cycles * tiles * (panels // chip.cores) / chip.clock, hbm, ahead), tiling))
     if not found:
         raise DoesNotFit(
@@ -135,7 +135,7 @@ def _outer_tiling(chip: Chip, group_rows: float, depth: int, num_columns: int, i
             f"memory of {chip.name}; split its depth or use a narrower dtype."
         )
     best = min(seconds for seconds, _ in found)
-    return min((t for seconds, t in found if seconds <= 1.005 * best), key=lambda t: (t.block_rows, -t.results, -t.read_ahead))
+    return min((t for seconds, t in found if seconds <= 1.005 * best), key=lambda t: (t.block_rows, -t.results, -t.slots))
 
 
 def _outer_cycles(unit: int, units: int, cost: BlockCost, group_rows: float) -> tuple[float, float]:

@@ -4,6 +4,7 @@
     python -m tools.kernel_report --chips v6e --ops up_fwd --rows 32768 --no-peers --tree
     python -m tools.kernel_report --kernel plain                      # plain matrix products, whose work is known
     python -m tools.kernel_report --kernel routing                    # the router's kernels beside what XLA estimates for plain jax.numpy
+    python -m tools.kernel_report --keep compiled                     # a second time: only what changed is compiled
     python -m tools.kernel_report --output kernel_report              # also report.md, report.json and report.png there
 
 Needs libtpu (extra `tpu`); tokamax's kernels are shown if it is installed (extra `peers`). Nothing is run on a chip: cycles are
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     chips, products = [CHIPS[name] for name in arguments.chips], [PRODUCTS[name] for name in arguments.ops]
     contenders = {name: cases for name, cases in registry.GROUPED.items() if arguments.peers or name == registry.OURS}
     try:
-        with Compiler() as compiler:
+        with Compiler(arguments.keep) as compiler:
             runner = Runner(compiler, memory, lambda line: print(line, file=sys.stderr, flush=True))
             for kernel in arguments.kernel:
                 if kernel == "grouped":
@@ -82,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--hbm_efficiency", type=float, default=1.0, help="share of the HBM bandwidth reached; 0.83 is pessimistic")
     parser.add_argument("--transfer_latency_us", type=float, default=0.0, help="microseconds that a transfer takes besides its bytes")
     parser.add_argument("--tree", action="store_true", help="print the loops and branches of all schedules")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="keep compilations there, and take those that did not change from there")
     parser.add_argument("--output", type=Path, metavar="DIR", help="write report.md, report.json and report.png to this directory")
     return parser
 

@@ -27,8 +27,8 @@ LIMIT = 60 << 20
 # Tiles smaller than the matrices and than most groups.
 PRODUCT = ProductTiling((16, 48, 80), 128, 1, 6, 2, 2, COST, LIMIT)
 PANELS = ProductTiling((32, 64), 128, 2, 3, 3, 3, COST, LIMIT)
-OUTER = OuterTiling(16, 5, 128, 1, 2, 2, 3, LIMIT)
-OUTER_PANELS = OuterTiling(32, 2, 128, 2, 1, 3, 0, LIMIT)
+OUTER = OuterTiling(16, 5, 128, 1, 3, 2, 3, LIMIT)
+OUTER_PANELS = OuterTiling(32, 2, 128, 2, 2, 3, 0, LIMIT)
 
 M, K, N = 320, 256, 384
 SIZES = {

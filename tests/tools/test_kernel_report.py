@@ -14,6 +14,7 @@ from tools.kernels import peers
 from tools.kernels.cases import Case, Work
 from tools.kernels.chips import CHIPS
 from tools.kernels.compile import Compilation, CompileError, Launch, scoped_vmem
+from tools.kernels.kept import Kept, as_json, from_json
 from tools.kernels.parts import Parts, divide
 from tools.kernels.pipeline import Visit, pipelined
 from tools.kernels.products import PRODUCTS, SIZES, group_sizes
@@ -320,6 +321,14 @@ def contender(*names_and_cycles):
 def schedule(tmp_path) -> Schedule:
     write_dump(tmp_path)
     return read_schedules(tmp_path)[0]
+
+
+def test_a_kept_compilation_comes_back_as_it_was(schedule, tmp_path):
+    compilation = Compilation([schedule, schedule], {"toy": 1 << 20}, 4096, 1.5)
+    assert from_json(as_json(compilation)) == compilation
+    kept = Kept(tmp_path / "kept")
+    places = {kept.place(*of) for of in (("p", CHIP, {}), ("q", CHIP, {}), ("p", CHIPS["v5p"], {}), ("p", CHIP, {"limit": "1"}))}
+    assert len(places) == 4 and kept.place("p", CHIP, {}) in places
 
 
 def test_the_best_case_counts_and_what_fails_is_kept(schedule):

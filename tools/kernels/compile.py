@@ -9,6 +9,7 @@ libtpu reads its flags once, when it is loaded: one `Compiler` must exist before
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -17,7 +18,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from tools.kernels.chips import Chip
-from tools.kernels.schedule import Schedule, read_schedules
+from tools.kernels.kept import Compilation, Kept, as_json, from_json
+from tools.kernels.schedule import read_schedules
 
 # Keeps libtpu from looking for a TPU, and lets several processes compile at once.
 _ENVIRONMENT = {
@@ -52,37 +54,14 @@ class Launch:
     options: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-@dataclasses.dataclass(frozen=True)
-class Compilation:
-    """A compiled program.
-
-    Attributes:
-      schedules: of its Pallas kernels, in the order of compilation.
-      vmem: bytes of scoped VMEM by name of the kernel.
-      code: bytes of the whole program, less those of a program that only copies its argument.
-      seconds: wall time of the compilation.
-      estimated_cycles: XLA's own estimates for its fusions, summed; kernels have none.
-    """
-
-    schedules: list[Schedule]
-    vmem: dict[str, int]
-    code: int
-    seconds: float
-    estimated_cycles: int = 0
-
-    @property
-    def main(self) -> Schedule:
-        """The kernel with the most matrix work."""
-        return max(self.schedules, key=lambda schedule: schedule.root.total.matrix_cycles)
-
-
 class Compiler:
-    """Compiles for TPUs and reads the dumps; use as a context manager, which removes them."""
+    """Compiles for TPUs and reads the dumps; use as a context manager, which removes them. Compilations are kept in `keep`, if given."""
 
-    def __init__(self) -> None:
+    def __init__(self, keep: Path | None = None) -> None:
         if importlib.util.find_spec("libtpu") is None:
             raise CompileError("libtpu is not installed; it comes with `pip install interns1pro_jax[tpu]`.")
         self._directory = Path(tempfile.mkdtemp(prefix="kernel_report_"))
+        self._kept = Kept(keep) if keep else None
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {_DUMP.format(self._directory)}".strip()
@@ -95,14 +74,18 @@ class Compiler:
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def compile(self, chip: Chip, launch: Launch) -> Compilation:
-        """Compiles for one device of `chip`.
+        """Compiles for one device of `chip`, unless it is kept from before.
 
         Raises:
           CompileError: it does not compile.
           ScheduleError: it compiles, but the dump is not understood.
         """
         start = time.monotonic()
-        program = self._program(chip, launch)
+        lowered = self._lower(chip, launch)
+        place = self._kept.place(lowered.as_text(), chip, launch.options) if self._kept else None
+        if place and place.exists():
+            return from_json(place.read_text())
+        program = self._compile(lowered, launch)
         seconds = time.monotonic() - start
         schedules = read_schedules(self._directory)
         text = program.as_text()
@@ -110,11 +93,12 @@ class Compiler:
         if kernels and not schedules:
             raise CompileError("libtpu wrote no dump: it was loaded before the Compiler was made, or takes flags of another name.")
         estimate = sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', text)))
-        return Compilation(schedules, scoped_vmem(text), _code_bytes(program) - self._code_of_nothing(chip), seconds, estimate)
+        compilation = Compilation(schedules, scoped_vmem(text), _code_bytes(program) - self._code_of_nothing(chip), seconds, estimate)
+        if place:
+            place.write_text(as_json(compilation))
+        return compilation
 
-    def _program(self, chip: Chip, launch: Launch):  # type: ignore[no-untyped-def]
-        for path in self._directory.iterdir():
-            path.unlink()
+    def _lower(self, chip: Chip, launch: Launch):  # type: ignore[no-untyped-def]
         device = _device(chip)
         arguments = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=SingleDeviceSharding(device)), launch.arguments
@@ -122,16 +106,28 @@ class Compiler:
         # Kernels that ask which chip they are traced for learn it from the abstract mesh.
         abstract = jax.sharding.AbstractDevice(platform="tpu", device_kind=device.device_kind, num_cores=chip.cores)
         mesh = jax.sharding.AbstractMesh((1,), ("device",), abstract_device=abstract)
-        try:
-            with jax.sharding.use_abstract_mesh(mesh):
-                lowered = jax.jit(launch.function).lower(*arguments)
+        with _objections(), jax.sharding.use_abstract_mesh(mesh):
+            return jax.jit(launch.function).lower(*arguments)
+
+    def _compile(self, lowered, launch: Launch):  # type: ignore[no-untyped-def]
+        for path in self._directory.iterdir():
+            path.unlink()
+        with _objections():
             return lowered.compile(compiler_options=dict(launch.options) or None)
-        except Exception as error:  # whatever tracing, Mosaic or XLA objects to is what the report has to show
-            raise CompileError(f"{type(error).__name__}: {brief(str(error))}") from error
 
     @functools.cache  # noqa: B019  (one compiler per process)
     def _code_of_nothing(self, chip: Chip) -> int:
-        return _code_bytes(self._program(chip, Launch(lambda x: x + 1, (jax.ShapeDtypeStruct((8, 128), "float32"),))))
+        launch = Launch(lambda x: x + 1, (jax.ShapeDtypeStruct((8, 128), "float32"),))
+        return _code_bytes(self._compile(self._lower(chip, launch), launch))
+
+
+@contextlib.contextmanager
+def _objections() -> Iterator[None]:
+    """Whatever tracing, Mosaic or XLA objects to is what the report has to show."""
+    try:
+        yield
+    except Exception as error:
+        raise CompileError(f"{type(error).__name__}: {brief(str(error))}") from error
 
 
 def scoped_vmem(text: str) -> dict[str, int]:

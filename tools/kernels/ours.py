@@ -116,12 +116,12 @@ def _product_program(product: Product, tiling: ProductTiling, chip: Chip, compil
 
 
 def _outer_program(product: Product, tiling: OuterTiling, chip: Chip, compilation: Compilation, sizes: np.ndarray) -> Program:
-    """A step per visit: what it waits for, then its run, which starts the copies."""
+    """A step per visit: what it waits for, then its run, at whose end copies start."""
     loop = grid_loop(compilation.main)
-    hot = [region for region in loop.children if region.total.matmuls]
+    hot = [region for region in loop.walk() if region.own.matmuls]
     if len(hot) != len(tiling.runs):
         raise ScheduleError(f"{len(hot)} stretches of products for {len(tiling.runs)} runs:\n{loop.tree()}")
-    always = loop.own.cycles + sum(region.total.cycles for region in loop.children if not region.total.matmuls)
+    cycles = [_path_cycles(loop, region) for region in hot]
 
     tiles = product.n // tiling.panels // tiling.columns
     plan = grouped_outer.plan_visits(jnp.asarray(sizes, jnp.int32), int(sizes.sum()), tiles, tiling)
@@ -137,7 +137,7 @@ def _outer_program(product: Product, tiling: OuterTiling, chip: Chip, compilatio
             if rows:
                 yield ("right", part, visit), rows * tiling.columns * _BYTES
 
-        yield Step(compilation.main.root.own.cycles, issues=tuple(read for visit in range(tiling.read_ahead) for read in reads(visit)))
+        yield Step(compilation.main.root.own.cycles, issues=tuple(read for visit in range(tiling.slots) for read in reads(visit)))
         for visit in range(num_visits):
             waits = [name for name, _ in reads(visit)]
             if visits[grouped_outer.REUSES, visit]:
@@ -146,9 +146,18 @@ def _outer_program(product: Product, tiling: OuterTiling, chip: Chip, compilatio
             run = tiling.runs[index]
             result = ((("result", part, int(tile[visit])), float(product.k * tiling.columns * _BYTES)),) if run.gives else ()
             flops = 2.0 * run.units * tiling.unit * product.k * tiling.columns
-            yield Step(always + hot[index].total.cycles, tuple(waits), tuple(reads(visit + tiling.read_ahead)), result, flops)
+            yield Step(cycles[index], tuple(waits), (), (*result, *reads(visit + tiling.slots)), flops)
 
     return _on_cores(chip, tiling.panels, steps)
+
+
+def _path_cycles(region: Region, hot: Region) -> int:
+    """One pass through `region` that goes through `hot`, and through all regions inside that hold no products."""
+    return region.own.cycles + sum(
+        _path_cycles(child, hot) if child.start <= hot.start and hot.end <= child.end else child.total.cycles
+        for child in region.children
+        if not child.total.matmuls or (child.start <= hot.start and hot.end <= child.end)
+    )
 
 
 def _on_cores(chip: Chip, panels: int, steps) -> Program:  # type: ignore[no-untyped-def]
