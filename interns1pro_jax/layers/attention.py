@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from interns1pro_jax import sharding
 from interns1pro_jax.config import TextConfig
 from interns1pro_jax.layers.parameter import normal, ones, parameter, zeros
+from interns1pro_jax.ops import projection
 from interns1pro_jax.ops.attention import dot_product_attention
 from interns1pro_jax.ops.fope import apply_rotary
 from interns1pro_jax.ops.norm import rms_norm
@@ -71,7 +72,7 @@ class Attention(nnx.Module):
         cfg, dtype = self.config, x_BTD.dtype
 
         def project(kernel: nnx.Variable, bias: str) -> jax.Array:
-            y = jnp.einsum("btd,dnh->btnh", x_BTD, kernel[...].astype(dtype))
+            y = projection.project("btd,dnh->btnh", x_BTD, kernel[...])
             return y + getattr(self, bias)[...].astype(dtype) if cfg.attention_bias else y
 
         q = rms_norm(project(self.q_DQH, "q_bias_QH"), self.q_norm_H[...], cfg.rms_norm_eps)
@@ -100,5 +101,5 @@ class Attention(nnx.Module):
                 causal=True,
             )
             out = sharding.constrain(out, "batch", "sequence", None, None)
-        y = jnp.einsum("btqh,qhd->btd", out, self.o_QHD[...].astype(dtype), out_sharding=jax.typeof(x_BTD).sharding.spec)
+        y = projection.project("btqh,qhd->btd", out, self.o_QHD[...])
         return (y + self.o_bias_D[...].astype(dtype) if cfg.attention_bias else y), cache

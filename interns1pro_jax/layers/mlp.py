@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from interns1pro_jax.config import TextConfig
 from interns1pro_jax.layers.parameter import normal, parameter
+from interns1pro_jax.ops.projection import project
 
 
 def swiglu(gate_up: Float[Array, "... two_F"]) -> Float[Array, "... F"]:
@@ -25,5 +26,5 @@ class Mlp(nnx.Module):
         self.wo_FD = parameter(rngs, init, (f, d), (None, "embed"), config.param_dtype)
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        h = swiglu(jnp.einsum("btd,df->btf", x_BTD, self.wi_DF[...].astype(x_BTD.dtype)))
-        return jnp.einsum("btf,fd->btd", h, self.wo_FD[...].astype(x_BTD.dtype), out_sharding=jax.typeof(x_BTD).sharding.spec)
+        h = swiglu(project("btd,df->btf", x_BTD, self.wi_DF[...]))
+        return project("btf,fd->btd", h, self.wo_FD[...])

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from interns1pro_jax import sharding
 from interns1pro_jax.config import TextConfig
 from interns1pro_jax.layers.parameter import normal, parameter
+from interns1pro_jax.ops.projection import project
 from interns1pro_jax.ops.varying import as_varying, varying_axes
 from pallas_kernels.chips import current_chip
 from pallas_kernels.routing import route
@@ -91,8 +92,7 @@ class Router(nnx.Module):
         self.kernel_DE = parameter(rngs, normal(config.initializer_range), shape, ("embed", None), config.param_dtype)
 
     def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T E"]:
-        kernel = self.kernel_DE[...].astype(jnp.float32)
-        return jnp.einsum("btd,de->bte", x_BTD.astype(jnp.float32), kernel, precision=jax.lax.Precision.HIGHEST)
+        return project("btd,de->bte", x_BTD.astype(jnp.float32), self.kernel_DE[...], jax.lax.Precision.HIGHEST)
 
     def __call__(
         self,

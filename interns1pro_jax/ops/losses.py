@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from interns1pro_jax.ops.layout import transposed_copy
+from interns1pro_jax.ops.projection import gather_weight
 from interns1pro_jax.ops.varying import as_varying, match_varying, varying_axes
 
 IGNORED = -100
@@ -60,12 +61,10 @@ def _on_each_device(function: Callable, out_specs: PartitionSpec, hidden_BTD: Ar
     """`function(hidden_ND, lm_head_DV, labels_BT)` of each device's tokens and the whole matrix in the hidden states' dtype."""
     hidden_spec, lm_head_spec = jax.typeof(hidden_BTD).sharding.spec, jax.typeof(lm_head_DV).sharding.spec
     tokens_spec = PartitionSpec(*hidden_spec[:2])
-    split_D = lm_head_spec[0] or ()
 
     def local(hidden_BTD: Array, lm_head_DV: Array, labels_BT: Array) -> Any:
-        with jax.named_scope("lm_head_all_gather"):
-            lm_head_DV = as_varying(lm_head_DV.astype(hidden_BTD.dtype), varying_axes(hidden_BTD))
-            lm_head_DV = jax.lax.all_gather(lm_head_DV, split_D, axis=0, tiled=True) if split_D else lm_head_DV
+        with jax.named_scope("lm_head"):
+            lm_head_DV = gather_weight(hidden_BTD, lm_head_DV, lm_head_spec)
         return function(*match_varying(hidden_BTD.reshape(labels_BT.size, -1), lm_head_DV, labels_BT))
 
     return jax.shard_map(local, in_specs=(hidden_spec, lm_head_spec, tokens_spec), out_specs=out_specs)(

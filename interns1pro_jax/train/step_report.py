@@ -141,8 +141,21 @@ class StepReport:
         content = dataclasses.asdict(self)
         if self.times is not None:
             content["times"]["links"] = {"+".join(axes): seconds for axes, seconds in self.times.links.items()}
+        # For readers of the file; `from_json` leaves them out.
         derived = {"devices": self.devices, "chips": self.chips, "step_seconds": self.step_seconds, "mfu": self.mfu, "bound": self.bound}
         return json.dumps(content | {"hbm_total": self.memory.total} | derived, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> StepReport:
+        """The report that `to_json` wrote."""
+        content = json.loads(text)
+        values = {field.name: content[field.name] for field in dataclasses.fields(cls)}
+        values["memory"] = Memory(**values["memory"])
+        values["collectives"] = tuple(CollectiveRow(**row) for row in values["collectives"])
+        if (times := values["times"]) is not None:
+            links = {tuple(axes.split("+")): seconds for axes, seconds in times["links"].items()}
+            values["times"] = Times(**(times | {"links": links}))
+        return cls(**values)
 
 
 def make_report(
@@ -249,10 +262,11 @@ def origin(collective: Collective) -> str:
         return "made by the compiler"
     *outer, last = collective.scope.split("/")
     # The last part is JAX's own name of the operation; the scopes of the layers and the formula of a product say more.
-    named = [part for part in outer if part.endswith(("_all_gather", "_reduce_scatter", "_all_to_all")) or "->" in part]
+    marks = ("_all_gather", "_reduce_scatter", "_all_to_all", "lm_head")
+    named = [part for part in outer if part.endswith(marks) or "->" in part]
     directions = {"rematted_computation": "recomputed", "transpose(": "backward"}
     direction = next((word for mark, word in directions.items() if mark in collective.scope), "forward")
-    return f"{named[-1] if named else last}, {direction}"
+    return f"{'/'.join(named[-2:]) or last}, {direction}"
 
 
 def _versions() -> dict[str, str]:

@@ -1,0 +1,44 @@
+"""Products of activations with weights that are split over devices."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
+
+from interns1pro_jax.ops.varying import as_varying, varying_axes
+
+
+def gather_weight(x: Array, weight: Array, spec: PartitionSpec) -> Array:
+    """Inside `shard_map`: the whole of a weight of which each device holds the part that `spec` says, in the dtype of `x`, to be
+    multiplied with `x`. Its gradient is summed and split again over the same axes.
+
+    The axes are gathered one by one: over all three dimensions of a TPU's torus at once XLA has no all-gather but adds up arrays of
+    zeros, which moves twice the bytes.
+    """
+    weight = as_varying(weight.astype(x.dtype), varying_axes(x))
+    with jax.named_scope("weight_all_gather"):
+        for dim, axes in enumerate(spec):
+            for axis in reversed((axes,) if isinstance(axes, str) else axes or ()):
+                weight = jax.lax.all_gather(weight, axis, axis=dim, tiled=True)
+    return weight
+
+
+def project(
+    formula: str,
+    x_BT: Float[Array, "B T *features"],
+    weight: Float[Array, "*shape"],
+    precision: jax.lax.Precision | None = None,
+) -> Float[Array, "B T *results"]:
+    """`jnp.einsum(formula, x_BT, weight)` in the dtype of `x_BT`, split over batch and sequence as `x_BT` is; the weight, split in any
+    way, is gathered where it is used."""
+    x_spec, weight_spec = jax.typeof(x_BT).sharding.spec, jax.typeof(weight).sharding.spec
+    rank = len(formula.partition("->")[2])
+
+    def local(x: Array, weight: Array) -> Array:
+        with jax.named_scope(formula):
+            return jnp.einsum(formula, x, gather_weight(x, weight, weight_spec), precision=precision)
+
+    out_spec = PartitionSpec(*x_spec[:2], *(None,) * (rank - 2))
+    return jax.shard_map(local, in_specs=(x_spec, weight_spec), out_specs=out_spec)(x_BT, weight)

@@ -1,0 +1,190 @@
+"""Compiles the training step of every recipe for TPUs and writes what they need on one page, beside what others publish.
+
+    python -m tools.pods_report --work runs/pods --output docs/pods_report.md [--recipes pretrain_v5p_512 pretrain_tpu7x_256]
+
+Each recipe is compiled by `experiments.launch --compile_only` in a process of its own: one to several minutes and 4 GB each. What is in
+`--work` already and was made from the same recipe, code and compiler is not compiled again. `--keep_stale` takes whatever is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import hashlib
+import importlib.metadata
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from interns1pro_jax.flops import GIB
+from interns1pro_jax.train.step_picture import draw_memory, draw_times
+from interns1pro_jax.train.step_report import SMALL, StepReport
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = ROOT / "configs" / "recipes"
+_INCLUDE = re.compile(r"^include '([^']+)'", re.MULTILINE)
+
+# Published or compiled figures of others, with their sources.
+RECIPES_OF_MAXTEXT = "AI-Hypercomputer/tpu-recipes"
+COMPILED_MAXTEXT = "MaxText e591f30c, compiled"
+PEERS = (
+    ("MaxText, Qwen3-235B (128 experts, random routing), 256 tpu7x", "measured", "27.3 %", "4,246", "", RECIPES_OF_MAXTEXT),
+    ("MaxText, DeepSeek-V3, 256 tpu7x", "measured", "26.6 %", "2,446", "", RECIPES_OF_MAXTEXT),
+    ("MaxText, DeepSeek-V3 (capacity 1.0: drops tokens), 512 v5p", "measured", "33.2 %", "542", "", RECIPES_OF_MAXTEXT),
+    ("MaxText, our text shape, bf16 state, 1,024 v5p, 4,096 tokens/chip", "XLA's estimate", "29 %", "", "15.2", COMPILED_MAXTEXT),
+    ("MaxText, our text shape, bf16 state, 1,024 v5p, 16,384 tokens/chip", "", "", "", "33.7", COMPILED_MAXTEXT),
+    ("MaxText, our text shape, bf16 state, 256 v6e", "", "", "", "33.5 of temporaries: does not fit", COMPILED_MAXTEXT),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("runs/pods"), help="where the reports of the recipes are kept")
+    parser.add_argument("--output", type=Path, default=Path("docs/pods_report.md"), help="the page; its picture lies beside it")
+    parser.add_argument("--recipes", nargs="*", help="names; default all for TPUs")
+    parser.add_argument("--keep_stale", action="store_true", help="use reports of older code too; the page marks them")
+    arguments = parser.parse_args(argv)
+    console = Console()
+    names = arguments.recipes or [path.stem for path in sorted(RECIPES.glob("*.gin")) if "MeshConfig.topology" in source(path)]
+    reports, failures, stale = {}, {}, set()
+    for number, name in enumerate(names, start=1):
+        console.print(f"[{number}/{len(names)}] {name}")
+        directory = arguments.work / name
+        if not current(directory, name) and not (arguments.keep_stale and (directory / "step.json").is_file()):
+            failure = compile_recipe(name, directory)
+            if failure:
+                failures[name] = failure
+                console.print(failure)
+                continue
+        if not current(directory, name):
+            stale.add(name)
+        reports[name] = StepReport.from_json((directory / "step.json").read_text())
+    if not reports:
+        sys.exit("error: no recipe could be compiled.")
+    picture = arguments.output.with_suffix(".png")
+    draw(reports, picture)
+    arguments.output.write_text(page(reports, failures, stale, picture.name))
+    console.print(f"page: {arguments.output}")
+
+
+def source(recipe: Path) -> str:
+    """The text of a recipe with that of all it includes."""
+    text = recipe.read_text()
+    return text + "".join(source(ROOT / included) for included in _INCLUDE.findall(text))
+
+
+def fingerprint(name: str) -> str:
+    """Of the recipe, the library and the compiler: the same for the same compiled program."""
+    digest = hashlib.sha256(source(RECIPES / f"{name}.gin").encode())
+    for package in ("interns1pro_jax", "pallas_kernels"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            digest.update(path.read_bytes())
+    for package in ("jax", "libtpu"):
+        digest.update(importlib.metadata.version(package).encode())
+    return digest.hexdigest()
+
+
+def current(directory: Path, name: str) -> bool:
+    """Whether the directory has a report of just this recipe, code and compiler."""
+    mark = directory / "fingerprint"
+    return mark.is_file() and (directory / "step.json").is_file() and mark.read_text() == fingerprint(name)
+
+
+def compile_recipe(name: str, directory: Path) -> str | None:
+    """Compiles a recipe and leaves its report in the directory; what went wrong, or None."""
+    before = fingerprint(name)
+    command = [sys.executable, "-m", "experiments.launch", "--compile_only", "--gin_file", f"configs/recipes/{name}.gin"]
+    done = subprocess.run([*command, "--workdir", str(directory.resolve())], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        return next((line for line in done.stderr.splitlines() if line.startswith("error")), done.stderr[-300:])
+    (directory / "fingerprint").write_text(before)
+    return None
+
+
+def draw(reports: dict[str, StepReport], path: Path) -> None:
+    """Memory and times of all recipes in one picture."""
+    figure = Figure(figsize=(15, 1.5 + 0.9 * len(reports)), layout="constrained")
+    memory, times = figure.subplots(1, 2)
+    draw_memory(memory, list(reports.values()), list(reports))
+    timed = {name: report for name, report in reports.items() if report.times is not None}
+    draw_times(times, list(timed.values()), ["" if len(timed) == len(reports) else name for name in timed])
+    figure.savefig(path, dpi=110)
+
+
+def page(reports: dict[str, StepReport], failures: dict[str, str], stale: Iterable[str], picture: str) -> str:
+    """The page of all recipes."""
+    versions = ", ".join(f"{name} {version}" for name, version in next(iter(reports.values())).versions.items())
+    lines = [
+        "# Recipes for TPUs, compiled",
+        "",
+        f"Made by `python -m tools.pods_report` on {datetime.date.today()} with {versions}. Memory, work and collectives are those of the "
+        "compiled programs; times and MFU are modelled (`interns1pro_jax/train/timeline.py`), nothing was run on a TPU.",
+        "",
+        f"![memory and modelled times]({picture})",
+        "",
+        "## Memory of a device, GiB",
+        "",
+        "| recipe | devices | tokens per device | parameters | optimizer | gradients | layer inputs | working | other | total | "
+        "of the limit |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, r in reports.items():
+        m, share = r.memory, f"{r.memory.total / r.hbm:.1%}" if r.hbm else ""
+        cells = (m.parameters, m.optimizer, m.gradients, m.kept, m.working, m.batch + m.code, m.total)
+        sizes = " | ".join(f"{size / GIB:.2f}" for size in cells)
+        lines.append(f"| {name}{'*' if name in stale else ''} | {r.devices} | {r.tokens // r.devices:,} | {sizes} | {share} |")
+    lines += [
+        "",
+        "## Work and modelled time of a step",
+        "",
+        "| recipe | useful TFLOPs | computed | XLA s | kernels s | waiting s | HBM s | step s | modelled MFU | tokens/s/chip | bound by | "
+        "compiled in s |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|---:|",
+    ]
+    for name, r in reports.items():
+        if r.times is None or r.step_seconds is None or r.bandwidth is None:
+            continue
+        useful, computed = r.text_flops / r.devices / 1e12, (r.product_flops + r.kernel_flops) / 1e12
+        seconds = (r.times.xla, r.times.kernels, r.times.waiting, r.traffic / r.bandwidth, r.step_seconds)
+        rate = r.tokens / r.step_seconds / r.chips
+        lines.append(
+            f"| {name} | {useful:.0f} | {computed:.0f} | {' | '.join(f'{s:.2f}' for s in seconds)} | {r.mfu:.1%} | {rate:,.0f} | "
+            f"{r.bound} | {r.seconds_to_compile:.0f} |"
+        )
+    lines += [
+        "",
+        f"## Collectives of a step (of {SMALL // 2**20} MiB or more)",
+        "",
+        "| recipe | collective | axes | origin | MiB each | times | asynchronous | links busy, modelled ms |",
+        "|---|---|---|---|---:|---:|---:|---:|",
+    ]
+    for name, r in reports.items():
+        lines += [
+            f"| {name} | {c.kind} | {c.axes} | {c.origin} | {c.bytes / 2**20:.0f} | {c.count} | {c.asynchronous} | {1e3 * c.seconds:.0f} |"
+            for c in r.collectives
+            if c.bytes >= SMALL
+        ]
+    if failures:
+        lines += ["", "## What does not fit", "", *(f"* `{name}`: {reason}" for name, reason in failures.items())]
+    lines += [
+        "",
+        "## Others",
+        "",
+        "| system | | MFU | tokens/s/chip | HBM GiB per chip | source |",
+        "|---|---|---:|---:|---:|---|",
+        *(f"| {' | '.join(peer)} |" for peer in PEERS),
+        "",
+        "MaxText's DeepSeek and Qwen figures are of other models; the compiled ones are of our text model's shape with its own router.",
+    ]
+    if stale := sorted(stale):
+        lines += ["", f"\\* compiled from older code: {', '.join(stale)}."]
+    return "\n".join([*lines, ""])
+
+
+if __name__ == "__main__":
+    main()
