@@ -1,7 +1,7 @@
 """Mesh axes and the one table that maps logical dimensions to them.
 
     data     replicas across slices; parameters are copied, batches are split
-    fsdp     batches and parameters are split; weights are gathered where they are used
+    fsdp     batches and parameters are split; weights are gathered where they are used; spans slices where one cannot hold them
     context  the sequence is split
     expert   expert groups are split, one group (or a whole number of groups) per device; for everything else it acts as fsdp
 
@@ -57,7 +57,7 @@ class MeshConfig:
     Attributes:
       topology: the TPU slice by the name that libtpu has for it: `v5p:8x8x8` (a device is a chip), `v6e:16x16`, `tpu7x:4x8x8` (a
         chip is two devices). Runs use whatever devices there are; `train.aot` compiles for this one. None: no TPU.
-      slices: slices of that topology, joined by the data-centre network along `data`.
+      slices: slices of that topology, joined by the data-centre network along `data`, or where that is 1 along `fsdp`.
     """
 
     data: int = 1
@@ -85,8 +85,8 @@ def make_mesh(data: int = 1, fsdp: int = 1, context: int = 1, expert: int = 1, d
     """A mesh of these sizes over `devices` (default: as many of the process's visible devices as the sizes multiply to).
 
     Raises:
-      ConfigError: the product of the sizes differs from the number of devices given, or exceeds the number visible; slices do
-        not divide `data`.
+      ConfigError: the product of the sizes differs from the number of devices given, or exceeds the number visible; slices
+        divide neither `data` nor `fsdp`.
     """
     sizes = dict(data=data, fsdp=fsdp, context=context, expert=expert)
     if any(n < 1 for n in sizes.values()):
@@ -104,11 +104,13 @@ def make_mesh(data: int = 1, fsdp: int = 1, context: int = 1, expert: int = 1, d
     if wanted < len(visible) or visible[0].platform == "cpu":
         layout = np.asarray(visible[:wanted]).reshape(shape)
     elif slices > 1:
-        if data % slices:
-            raise ConfigError(f"data={data} must be a multiple of the {slices} slices: the other axes stay within a slice.")
-        layout = mesh_utils.create_hybrid_device_mesh(
-            (data // slices, fsdp, context, expert), (slices, 1, 1, 1), visible, allow_split_physical_axes=True
-        )
+        # Replicas talk to each other least. Where one slice cannot hold the parameters, they are split over all.
+        spanning = "data" if data % slices == 0 else "fsdp"
+        if sizes[spanning] % slices:
+            raise ConfigError(f"data={data} or fsdp={fsdp} must be a multiple of the {slices} slices: the other axes stay within a slice.")
+        across = {axis: slices if axis == spanning else 1 for axis in AXES}
+        within = tuple(sizes[axis] // across[axis] for axis in AXES)
+        layout = mesh_utils.create_hybrid_device_mesh(within, tuple(across.values()), visible, allow_split_physical_axes=True)
     else:
         # An axis of 8 never equals an axis of a torus of 4k chips, so physical axes may be split.
         layout = mesh_utils.create_device_mesh(shape, visible, allow_split_physical_axes=True)

@@ -16,9 +16,10 @@ from interns1pro_jax.ops.varying import as_varying, match_varying, varying_axes
 
 IGNORED = -100
 
-# Logits held at a time, per device: 128 MiB in fp32; but at least these tokens, so that products stay large.
+# Logits held at a time, per device: 128 MiB in fp32; but at least these tokens, so that products stay large: each chunk also reads and
+# writes the gradient of the whole head, 5 GB at the released sizes.
 _MAX_LOGITS = 2**25
-_LEAST_CHUNK = 128
+_LEAST_CHUNK = 1024
 
 
 def cross_entropy(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
+from interns1pro_jax import sharding
 from interns1pro_jax.ops.varying import as_varying, varying_axes
 
 
@@ -31,8 +32,9 @@ def project(
     weight: Float[Array, "*shape"],
     precision: jax.lax.Precision | None = None,
 ) -> Float[Array, "B T *results"]:
-    """`jnp.einsum(formula, x_BT, weight)` in the dtype of `x_BT`, split over batch and sequence as `x_BT` is; the weight, split in any
-    way, is gathered where it is used."""
+    """`jnp.einsum(formula, x_BT, weight)` in the dtype of `x_BT`, split over batch and sequence; the weight, split in any way, is
+    gathered where it is used."""
+    x_BT = sharding.constrain(x_BT, "batch", "sequence", *(None,) * (x_BT.ndim - 2))
     x_spec, weight_spec = jax.typeof(x_BT).sharding.spec, jax.typeof(weight).sharding.spec
     rank = len(formula.partition("->")[2])
 

@@ -161,8 +161,8 @@ class Player:
         seconds = 0.0
         if chips > 1:
             seconds += factor * collective.bytes * (chips - 1) / chips / bandwidth
-        if across > 1:
-            seconds += factor * collective.bytes * (across - 1) / across / self._hardware.slice_link
+        if across > 1:  # each device of a slice exchanges its part with its likes in the others
+            seconds += factor * collective.bytes / chips * (across - 1) / across / self._hardware.slice_link
         return seconds
 
     def _group(self, axes: tuple[str, ...]) -> tuple[int, float, int]:
