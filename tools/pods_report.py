@@ -1,9 +1,10 @@
 """Compiles the training step of every recipe for TPUs and writes what they need on one page, beside what others publish.
 
-    python -m tools.pods_report --work runs/pods --output docs/pods_report.md [--recipes pretrain_v5p_512 pretrain_tpu7x_256]
+    python -m tools.pods_report [--output docs/pods_report.md] [--recipes pretrain_v5p_512 pretrain_tpu7x_256]
 
-Each recipe is compiled by `experiments.launch --compile_only` in a process of its own: one to several minutes and 4 GB each. What is in
-`--work` already and was made from the same recipe, code and compiler is not compiled again. `--keep_stale` takes whatever is there.
+Each recipe is compiled by `experiments.launch --compile_only` in a process of its own: several minutes and 4 GB each. The figures stay
+beside the page, one JSON file for each recipe; those made from the same recipe, code and compiler are not made again.
+`--keep_stale` takes whatever is there, and the page says so.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import argparse
 import datetime
 import hashlib
 import importlib.metadata
+import json
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -44,8 +47,7 @@ PEERS = (
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("runs/pods"), help="where the reports of the recipes are kept")
-    parser.add_argument("--output", type=Path, default=Path("docs/pods_report.md"), help="the page; its picture lies beside it")
+    parser.add_argument("--output", type=Path, default=Path("docs/pods_report.md"), help="the page; picture and figures lie beside it")
     parser.add_argument("--recipes", nargs="*", help="names; default all for TPUs")
     parser.add_argument("--keep_stale", action="store_true", help="use reports of older code too; the page marks them")
     arguments = parser.parse_args(argv)
@@ -54,16 +56,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     reports, failures, stale = {}, {}, set()
     for number, name in enumerate(names, start=1):
         console.print(f"[{number}/{len(names)}] {name}")
-        directory = arguments.work / name
-        if not current(directory, name) and not (arguments.keep_stale and (directory / "step.json").is_file()):
-            failure = compile_recipe(name, directory)
+        figures = arguments.output.with_suffix("") / f"{name}.json"
+        if not current(figures, name) and not (arguments.keep_stale and figures.is_file()):
+            failure = compile_recipe(name, figures)
             if failure:
                 failures[name] = failure
                 console.print(failure)
                 continue
-        if not current(directory, name):
+        if not current(figures, name):
             stale.add(name)
-        reports[name] = StepReport.from_json((directory / "step.json").read_text())
+        reports[name] = StepReport.from_json(figures.read_text())
     if not reports:
         sys.exit("error: no recipe could be compiled.")
     picture = arguments.output.with_suffix(".png")
@@ -89,20 +91,22 @@ def fingerprint(name: str) -> str:
     return digest.hexdigest()
 
 
-def current(directory: Path, name: str) -> bool:
-    """Whether the directory has a report of just this recipe, code and compiler."""
-    mark = directory / "fingerprint"
-    return mark.is_file() and (directory / "step.json").is_file() and mark.read_text() == fingerprint(name)
+def current(figures: Path, name: str) -> bool:
+    """Whether the figures are of just this recipe, code and compiler."""
+    return figures.is_file() and json.loads(figures.read_text()).get("fingerprint") == fingerprint(name)
 
 
-def compile_recipe(name: str, directory: Path) -> str | None:
-    """Compiles a recipe and leaves its report in the directory; what went wrong, or None."""
-    before = fingerprint(name)
+def compile_recipe(name: str, figures: Path) -> str | None:
+    """Compiles a recipe and writes its figures; what went wrong, or None."""
+    made_from = fingerprint(name)
     command = [sys.executable, "-m", "experiments.launch", "--compile_only", "--gin_file", f"configs/recipes/{name}.gin"]
-    done = subprocess.run([*command, "--workdir", str(directory.resolve())], cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        return next((line for line in done.stderr.splitlines() if line.startswith("error")), done.stderr[-300:])
-    (directory / "fingerprint").write_text(before)
+    with tempfile.TemporaryDirectory() as workdir:
+        done = subprocess.run([*command, "--workdir", workdir], cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            return next((line for line in done.stderr.splitlines() if line.startswith("error")), done.stderr[-300:])
+        content = json.loads((Path(workdir) / "step.json").read_text())
+    figures.parent.mkdir(parents=True, exist_ok=True)
+    figures.write_text(json.dumps(content | {"fingerprint": made_from}, indent=1) + "\n")
     return None
 
 
