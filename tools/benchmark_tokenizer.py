@@ -28,11 +28,11 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import models, pre_tokenizers
+from tokenizers import models
 
 from interns1pro_jax.tokenizer.released import ReleasedFiles
 from interns1pro_jax.tokenizer.scientific import ScientificTokenizer
-from interns1pro_jax.tokenizer.words import SPLIT
+from interns1pro_jax.tokenizer.words import byte_level_words
 from tools.tokenizers import samples
 from tools.tokenizers.slow import SlowTokenizer
 
@@ -54,12 +54,7 @@ def encoders(directory: Path) -> dict[str, Encode]:
     files = ReleasedFiles.read(directory)
     slow = SlowTokenizer(directory)
     core = tokenizers.Tokenizer(models.BPE(vocab=dict(files.vocab), merges=list(files.merges)))
-    core.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(tokenizers.Regex(SPLIT), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    core.pre_tokenizer = byte_level_words()
     found: dict[str, Encode] = {
         "ours": ScientificTokenizer(files).encode_markup_batch,
         "rules": lambda texts: [slow.encode(text) for text in texts],

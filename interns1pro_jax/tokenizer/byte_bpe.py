@@ -13,7 +13,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from interns1pro_jax.config import ConfigError
 from interns1pro_jax.tokenizer.base import SPECIAL_TOKENS
 from interns1pro_jax.tokenizer.decoding import ByteDecoder, StreamDecoder, token_bytes
-from interns1pro_jax.tokenizer.words import SPLIT
+from interns1pro_jax.tokenizer.words import byte_level_words
 
 _BYTES = 256
 
@@ -47,12 +47,7 @@ class ByteBpeTokenizer:
             raise ConfigError(f"vocab_size={vocab_size} must be at least {smallest}: the special tokens and the 256 bytes.")
         core = tokenizers.Tokenizer(models.BPE())
         core.normalizer = normalizers.NFC()
-        core.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(tokenizers.Regex(SPLIT), behavior="isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
+        core.pre_tokenizer = byte_level_words()
         core.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,

@@ -59,9 +59,12 @@ def _parentheses_close(text: str) -> bool:
 
 def _rings_close(text: str) -> bool:
     """Every ring label occurs in pairs; a string without capitals has two digits or more."""
-    labels = [label for label in _BRACKET_OR_LABEL.findall(text) if label[0] != "["]
-    if any(labels.count(label) % 2 for label in set(labels)):  # few are different
-        return False
+    labels = _BRACKET_OR_LABEL.findall(text)
+    if "[" in text:
+        labels = [label for label in labels if label[0] != "["]
+    for label in set(labels):  # few are different
+        if labels.count(label) % 2:
+            return False
     return len(labels) >= 2 or _CAPITAL.search(text) is not None or len(labels) + len(_DIGIT_WITHOUT_LABEL.findall(text)) >= 2
 
 

@@ -30,6 +30,12 @@ _REMEMBERED_WORDS = 1 << 18  # some 100 MB; then all are forgotten
 _LONGEST_REMEMBERED = 32  # characters; longer words hardly return
 
 
+def byte_level_words() -> pre_tokenizers.PreTokenizer:
+    """The split as a step of the `tokenizers` library, with bytes mapped to characters after it."""
+    split = pre_tokenizers.Split(tokenizers.Regex(SPLIT), behavior="isolated")
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
 class Words(dict[str, list[int]]):
     """The ids of words, found when first asked for."""
 
