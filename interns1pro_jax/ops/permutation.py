@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from interns1pro_jax.ops.varying import match_varying
+from pallas_kernels.chips import current_chip
+from pallas_kernels.permutation import invert, permute, permute_reference
 from pallas_kernels.routing_reference import CHUNK
 
 
@@ -35,8 +37,7 @@ class Plan:
 def make_plan(dest_NS: Int[Array, "N S"], group_sizes_G: Int[Array, " G"]) -> Plan:
     """The plan of known destinations, which must be a permutation of the rows."""
     dest_M = dest_NS.reshape(-1)
-    slots_M = jnp.arange(dest_M.size, dtype=jnp.int32)
-    order_M = slots_M.at[dest_M].set(slots_M, mode="promise_in_bounds", unique_indices=True, wrap_negative_indices=False)
+    order_M = invert(dest_M) if current_chip() else permute_reference(jnp.arange(dest_M.size, dtype=jnp.int32), dest_M)
     return Plan(dest_NS, order_M, group_sizes_G)
 
 
@@ -84,7 +85,7 @@ def combine(rows_MD: Float[Array, "M D"], plan: Plan) -> Float[Array, "N D"]:
 
 
 def permute_slots(x_NS: Array, plan: Plan) -> Array:
-    """Values of slots in the order of rows, [N, S] -> [M]."""
+    """Values (of 32 bits) of slots in the order of rows, [N, S] -> [M]."""
     x_M, dest_M, order_M = match_varying(x_NS.reshape(-1), plan.dest_NS.reshape(-1), plan.order_M)
     return _permute(x_M, order_M, dest_M)
 
@@ -123,7 +124,7 @@ _combine.defvjp(_with_indices(_combine), lambda indices, g_ND: (_dispatch(g_ND, 
 
 @jax.custom_vjp
 def _permute(x_M: Array, index_M: Array, inverse_M: Array) -> Array:
-    return _take(x_M, index_M)
+    return permute(x_M, inverse_M) if current_chip() else _take(x_M, index_M)
 
 
 _permute.defvjp(_with_indices(_permute), lambda indices, g_M: (_permute(g_M, *reversed(indices)), None, None))
