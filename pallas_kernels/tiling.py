@@ -5,7 +5,6 @@ What was found good by other means may be entered in TABLE, which is asked first
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 from typing import TypeVar
@@ -35,8 +34,8 @@ TRANSPOSED_BLOCKS = {
     256: ((256, 352), (256, 288, 352, 416, 464), (256, 288, 304, 352, 384, 432, 496, 640)),
 }
 SCALED_BLOCKS = {
-    128: ((96, 128), (96, 128, 192, 256)),
-    256: ((128, 256), (128, 256, 384)),
+    128: ((96, 128, 160),),
+    256: ((128, 160, 224), (160, 256, 320)),
 }
 OUTER_UNITS = (2, 3, 4)  # most rows of a block, in units of what the matrix units contract at once
 OUTER_STEP = 170  # cycles of a visit of a weight gradient besides filling and draining; read off compiled schedules
@@ -231,12 +230,14 @@ def _product_cost(chip: Chip, depth: int, panel: int, itemsize: int, transposed:
 
 
 def _scaled_cost(chip: Chip, depth: int, panel: int, transposed: bool) -> BlockCost:
-    """As of products in bfloat16, or the time to dequantise, which runs beside them."""
-    of_products = _product_cost(chip, depth, panel, 2, transposed)
-    return dataclasses.replace(
-        of_products,
-        load=of_products.load + depth * panel / chip.dequantized,
-        load_per_row=of_products.load_per_row + depth / chip.dequantized,
+    """The products, or what makes their matrices ready beside them: vector units dequantise, the transpose unit turns."""
+    turned = transposed and chip.depth == 256 and not chip.native_fp8
+    return BlockCost(
+        _per_row(chip, depth, panel, 2),
+        256 if turned else chip.min_rows,
+        chip.region_overhead + STEP,
+        load=depth * panel / chip.dequantized,
+        load_per_row=depth / chip.dequantized,
     )
 
 

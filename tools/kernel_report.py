@@ -2,6 +2,7 @@
 
     python -m tools.kernel_report                                     # everything; about ten minutes
     python -m tools.kernel_report --chips v6e --ops up_fwd --rows 32768 --no-peers --tree
+    python -m tools.kernel_report --kernel grouped fp8 --no-peers     # products in FP8 beside those in bfloat16
     python -m tools.kernel_report --kernel plain                      # plain matrix products, whose work is known
     python -m tools.kernel_report --kernel routing                    # the router's kernels beside what XLA estimates for plain jax.numpy
     python -m tools.kernel_report --keep compiled                     # a second time: only what changed is compiled
@@ -21,7 +22,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tools.kernels import picture, registry, table
+from tools.kernels import fp8, picture, registry, table
 from tools.kernels.chips import CHIPS
 from tools.kernels.compile import CompileError, Compiler
 from tools.kernels.products import PRODUCTS, SIZES
@@ -41,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             for kernel in arguments.kernel:
                 if kernel == "grouped":
                     runner.grouped(contenders, chips, products, arguments.rows, arguments.sizes)
+                elif kernel == "fp8":
+                    runner.grouped(registry.FP8, chips, fp8.products(products), arguments.rows, arguments.sizes)
                 else:
                     runner.others(kernel, registry.OTHERS[kernel](), chips)
     except CompileError as error:
@@ -74,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     def several(flag: str, known: Sequence[str], default: Sequence[str], text: str) -> None:
         parser.add_argument(flag, nargs="+", choices=known, default=default, metavar="NAME", help=f"{text}: {', '.join(known)}")
 
-    several("--kernel", ["grouped", *registry.OTHERS], ["grouped"], "what to report on")
+    several("--kernel", ["grouped", "fp8", *registry.OTHERS], ["grouped"], "what to report on")
     several("--chips", list(CHIPS), list(CHIPS), "chips to compile for")
     several("--ops", list(PRODUCTS), list(PRODUCTS), "grouped products")
     several("--sizes", list(SIZES), list(SIZES), "how rows are divided into groups")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tools import kernel_report
-from tools.kernels import peers
+from tools.kernels import fp8, peers
 from tools.kernels.cases import Case, Work
 from tools.kernels.chips import CHIPS
 from tools.kernels.compile import Compilation, CompileError, Launch, scoped_vmem
@@ -392,3 +392,13 @@ def test_unknown_names_are_refused(capsys):
     with pytest.raises(SystemExit):
         kernel_report.main(["--chips", "v9"])
     assert "invalid choice: 'v9'" in capsys.readouterr().err
+
+
+def test_fp8_products_move_half_the_bytes_of_matrices():
+    (product,) = fp8.products([PRODUCTS["dn_dlhs"], PRODUCTS["dn_drhs"]])
+    work, in_bfloat16 = product.work(8192), PRODUCTS["dn_dlhs"].work(8192)
+    assert work.flops == in_bfloat16.flops
+    values = 8192 * 4096 + 64 * 4096 * 1536
+    assert work.bytes == values + 4 * (8192 * 32 + 64 * 32 * 12) + 2 * 8192 * 1536
+    (case,) = fp8.grouped_matmul_fp8(CHIPS["v6e"], product, 8192)
+    assert case.name.startswith("ours dn_dlhs_fp8") and case.work == work
