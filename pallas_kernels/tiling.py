@@ -38,6 +38,7 @@ SCALED_BLOCKS = {
     256: ((128, 160, 224), (160, 256, 320)),
 }
 OUTER_UNITS = (2, 3, 4)  # most rows of a block, in units of what the matrix units contract at once
+OUTER_CODE = 1 << 16  # cycles of all its runs, each a bundle of code or less: some 4 MiB
 OUTER_STEP = 170  # cycles of a visit of a weight gradient besides filling and draining; read off compiled schedules
 STEP = 230  # cycles of a step besides its products; read off compiled schedules, as are the numbers below
 TYPICAL_SIZES = (0.4, 0.6, 0.8, 1.0, 1.3, 1.7)  # of groups, in units of their mean
@@ -114,10 +115,10 @@ def _outer_tiling(chip: Chip, group_rows: float, depth: int, num_columns: int, i
     hbm = (group_rows * (depth + num_columns) * itemsize + depth * num_columns * out_itemsize) / chip.hbm
     panels = _panels(chip, num_columns)[0]
     panel = num_columns // panels
-    found: list[tuple[float, OuterTiling]] = []
+    found: list[tuple[float, float, OuterTiling]] = []
     for columns in (c for c in range(128, panel + 1, 128) if panel % c == 0):
         cost = BlockCost(_per_row(chip, depth, columns, itemsize), 0, chip.region_overhead + OUTER_STEP)
-        for units, slots, results in itertools.product(OUTER_UNITS, (2, 3, 4, 5), (2, 3, 4)):
+        for units, slots, results in itertools.product(OUTER_UNITS, (2, 3, 4, 5, 6), (2, 3, 4, 6)):
             block, tiles = units * chip.depth, panel // columns
             cycles, blocks = _outer_cycles(chip.depth, units, cost, group_rows)
             rings = slots * (block + PACK) * (depth + columns) * itemsize + results * depth * columns * out_itemsize
@@ -126,15 +127,20 @@ def _outer_tiling(chip: Chip, group_rows: float, depth: int, num_columns: int, i
                 continue
             adds_beside = 0 if chip.depth == 128 else 2
             tiling = OuterTiling(chip.depth, units, columns, panels, slots, results, adds_beside, chip.vmem - MIB)
-            ahead = min(slots - 1, 2 * results - 2) / (tiles * blocks)
-            found.append((_with_imbalance(cycles * tiles * (panels // chip.cores) / chip.clock, hbm, ahead), tiling))
+            # Waits matter only where compute and transfers are nearly alike; there more of them are for results than for rows.
+            shorter, longer = sorted((cycles * tiles * (panels // chip.cores) / chip.clock, hbm))
+            groups_ahead = min(slots - 1, results - 1) / (tiles * blocks)
+            code = sum(run.units for run in tiling.runs) * chip.depth * cost.per_row
+            found.append((code, longer + 0.1 * shorter * (shorter / longer) ** 6 / groups_ahead, tiling))
     if not found:
         raise DoesNotFit(
             f"a weight gradient [{depth}, {num_columns}] of {itemsize}-byte rows does not fit the {chip.vmem // MIB} MiB of vector "
             f"memory of {chip.name}; split its depth or use a narrower dtype."
         )
-    best = min(seconds for seconds, _ in found)
-    return min((t for seconds, t in found if seconds <= 1.005 * best), key=lambda t: (t.block_rows, -t.results, -t.slots))
+    # Of those with little code (or of all, if none has) the one with the smallest blocks that takes hardly longer than the best.
+    little = [(seconds, tiling) for code, seconds, tiling in found if code <= OUTER_CODE] or [of[1:] for of in found]
+    best = min(seconds for seconds, _ in little)
+    return min((of for of in little if of[0] <= 1.005 * best), key=lambda of: (of[1].units, of[0], -of[1].slots))[1]
 
 
 def _outer_cycles(unit: int, units: int, cost: BlockCost, group_rows: float) -> tuple[float, float]:
