@@ -115,13 +115,18 @@ def plan_rows(sizes: Int[np.ndarray, "D columns"], row: RowSize, order: Int[np.n
     needs = sizes[:, :_ADDITIVE].copy()
     needs[:, 0] -= full * row.tokens
     has = row.as_array()[: needs.shape[1]]
-    part = (needs / np.maximum(has, 1)).max(1)
-    # Media lie between the texts that need a row of their own and those that fill up what media leave.
-    media = (needs[:, 1:] > 0).any(1)
-    turn = np.where(media, 1, np.where(2 * needs[:, 0] > row.tokens, 0, 2))
-    by_part = np.lexsort((order, -part, turn))
+    by_size = np.lexsort((order, -(needs / np.maximum(has, 1)).max(1)))
+    media = (needs[by_size, 1:] > 0).any(1)
+    large = 2 * needs[by_size, 0] > row.tokens
     row_of = np.empty(len(needs), np.int64)
-    row_of[by_part] = _best_fit(needs[by_part], has)
+    # Media lie between the texts that need a row of their own and those that fill up what media leave.
+    first, between, last = by_size[~media & large], by_size[media], by_size[~media & ~large]
+    left: list[int] = []
+    row_of[first] = _place_texts(needs[first, 0].tolist(), row.tokens, left)
+    room = np.tile(has, (len(left), 1))
+    room[:, 0] = left
+    row_of[between], room = _place_media(needs[between], has, room)
+    row_of[last] = _place_texts(needs[last, 0].tolist(), row.tokens, room[:, 0].tolist())
     rows = int(row_of.max(initial=-1)) + 1
 
     # Pieces: the rests in their rows, then the rows that a cut text fills alone.
@@ -138,33 +143,43 @@ def plan_rows(sizes: Int[np.ndarray, "D columns"], row: RowSize, order: Int[np.n
     return Plan(document, start, stop, np.searchsorted(place, np.arange(rows + 1)), costs)
 
 
-def _best_fit(needs: Int[np.ndarray, "D columns"], has: Int[np.ndarray, " columns"]) -> list[int]:
-    """The row of each document, in the order given: of the rows with room for it the one with the fewest tokens left, else a new one."""
+def _place_texts(tokens: Sequence[int], capacity: int, left: list[int]) -> list[int]:
+    """The row of each text, in the order given: of the rows with room for it the one with the fewest tokens left, else a new one.
+
+    Args:
+      left: tokens left in the rows there are; afterwards, in all rows.
+    """
     rows: list[int] = []
-    # Rows by tokens left; a full one is never looked at again. Python's lists find and move entries of this size faster than NumPy.
-    left: list[int] = []
-    ids: list[int] = []
-    media = has.shape[0] > 1
-    room: list[list[int]] | None = [] if media else None
-    opened = 0
-    for need in needs.tolist():
-        tokens = need[0]
-        place = bisect.bisect_left(left, tokens)
-        if room is not None and any(need[1:]):
-            while place < len(left) and any(n > r for n, r in zip(need[1:], room[ids[place]], strict=True)):
-                place += 1
-        if place < len(left):
-            remaining, number = left.pop(place) - tokens, ids.pop(place)
+    # Rows by tokens left. Python's lists find and move entries of this number faster than NumPy.
+    order = sorted(range(len(left)), key=left.__getitem__)
+    sizes = [left[row] for row in order]
+    for need in tokens:
+        place = bisect.bisect_left(sizes, need)
+        if place < len(sizes):
+            remaining, row = sizes.pop(place) - need, order.pop(place)
         else:
-            remaining, number = int(has[0]) - tokens, opened
-            opened += 1
-            if room is not None:
-                room.append(has[1:].tolist())
-        if room is not None:
-            room[number] = [r - n for r, n in zip(room[number], need[1:], strict=True)]
-        rows.append(number)
+            remaining, row = capacity - need, len(left)
+            left.append(capacity)
+        left[row] = remaining
+        rows.append(row)
         if remaining:
-            place = bisect.bisect_left(left, remaining)
-            left.insert(place, remaining)
-            ids.insert(place, number)
+            place = bisect.bisect_left(sizes, remaining)
+            sizes.insert(place, remaining)
+            order.insert(place, row)
     return rows
+
+
+def _place_media(
+    needs: Int[np.ndarray, "D columns"], has: Int[np.ndarray, " columns"], room: Int[np.ndarray, "rows columns"]
+) -> tuple[list[int], Int[np.ndarray, "all_rows columns"]]:
+    """As `_place_texts`, of documents that need several things; also returns the room that is left in all rows."""
+    rows: list[int] = []
+    used = len(room)
+    room = np.concatenate([room, np.tile(has, (len(needs), 1))])  # at most a new row for each
+    for need in needs:
+        fits = np.flatnonzero((room[:used] >= need).all(1))
+        row = int(fits[room[fits, 0].argmin()]) if fits.size else used
+        used += row == used
+        room[row] -= need
+        rows.append(row)
+    return rows, room[:used]

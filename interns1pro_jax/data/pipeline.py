@@ -24,6 +24,7 @@ from interns1pro_jax.models.time_series_inputs import Signal, pack_time_series
 from interns1pro_jax.models.vision_inputs import VisionItem, pack_vision
 from interns1pro_jax.ops.losses import IGNORED
 
+_ARRAYS = ("tokens", "positions", "segment_ids", "labels")
 # Records with several documents whose neighbours are likely to be wanted soon.
 _KEPT_RECORDS = 512
 
@@ -76,14 +77,17 @@ class AssembledRow:
         self.segment_ids[:length] = np.repeat(_count(len(record.lengths)) + 1, record.lengths)
 
     def put_media(self, media: Sequence[Any], model: ModelConfig) -> None:
-        """Adds the media of a document, decoded."""
+        """Adds the media of a document, decoded; of a document with a broken one, none."""
+        images, signals = [], []
         for medium in media:
             if isinstance(medium, StoredSignal):
-                self.signals.append(medium.signal())
+                signals.append(medium.signal())
             elif model.vision is None:
                 raise ConfigError("the data has images, but the model has no vision tower; set ModelConfig.vision.")
             else:
-                self.images.append(medium.item(model.vision))
+                images.append(medium.item(model.vision))
+        self.images.extend(images)
+        self.signals.extend(signals)
 
 
 @functools.lru_cache(maxsize=8)
@@ -102,9 +106,12 @@ def collate(rows: Sequence[AssembledRow], row: RowSize, model: ModelConfig) -> B
     Raises:
       ValueError: the placeholders of a row and its media do not match.
     """
-    stacked: dict[str, Any] = {
-        name: np.stack([getattr(r, name) for r in rows]) for name in ("tokens", "positions", "segment_ids", "labels")
-    }
+    return _batch_of({name: np.stack([getattr(r, name) for r in rows]) for name in _ARRAYS}, rows, row, model)
+
+
+def _batch_of(arrays: Mapping[str, np.ndarray], rows: Sequence[AssembledRow], row: RowSize, model: ModelConfig) -> Batch:
+    """A batch of arrays that are there, and the media of rows."""
+    stacked: dict[str, Any] = dict(arrays)
     labels = stacked.pop("labels")
     vision = time_series = None
     if model.vision is not None and row.patches:
@@ -150,15 +157,18 @@ class RowReader:
 
     def __call__(self, step: int) -> LocalBatch:
         """This process's part of batch `step`."""
-        planned = self._plan.batch(step)
-        faults: list[Fault] = []
-        rows = [self.assemble(planned[place], faults) for place in self._places]
-        records = sum(len({piece[:2] for piece in planned[place].pieces}) for place in self._places)
-        return LocalBatch(collate(rows, self._plan.config.row, self._model), tuple(faults), records)
+        planned = [self._plan.batch(step)[place] for place in self._places]
+        size = self._plan.config.row
+        arrays = {name: np.full((len(planned), size.tokens), IGNORED if name == "labels" else 0, np.int32) for name in _ARRAYS}
+        views = (dict[str, Any](zip(_ARRAYS, lines, strict=True)) for lines in zip(*arrays.values(), strict=True))
+        rows = [AssembledRow(**view, images=[], signals=[]) for view in views]
+        faults = [fault for row, plan in zip(rows, planned, strict=True) for fault in self.assemble(row, plan)]
+        records = sum(len({piece[:2] for piece in row.pieces}) for row in planned)
+        return LocalBatch(_batch_of(arrays, rows, size, self._model), tuple(faults), records)
 
-    def assemble(self, planned: PlannedRow, faults: list[Fault]) -> AssembledRow:
-        """The arrays of a row. What cannot be read leaves padding behind and is added to `faults`."""
-        row = AssembledRow.empty(self._plan.config.row.tokens)
+    def assemble(self, row: AssembledRow, planned: PlannedRow) -> list[Fault]:
+        """Fills the arrays of a row, which are empty. What cannot be read leaves padding behind, and is returned."""
+        faults = []
         for source, number, document, size in planned.misfits:
             name = f"{self._plan.sources[source].name(number)}, document {document}"
             faults.append(Fault(name, "too large for a row", str(size.misfit(self._plan.config.row))))
@@ -167,35 +177,29 @@ class RowReader:
             try:
                 record = self._read(piece.source, piece.record)
                 if piece.document is None:
-                    whole = AssembledRow.empty(self._plan.config.row.tokens)
-                    whole.put_record(record)
-                    whole.put_media([medium for _, medium in record.media], self._model)
-                    row = whole
+                    row.put_media([medium for _, medium in record.media], self._model)
+                    row.put_record(record)
                 else:
                     self._put(row, start, segment, record, piece.document, piece.start, piece.stop, self._prefixes[piece.source])
             except ConfigError:
                 raise  # the model is wrong for all documents of this kind, not the document for the model
             except (DataError, ValueError) as error:
-                faults.append(
-                    Fault(self._plan.sources[piece.source].name(piece.record), getattr(error, "reason", "unusable record"), str(error))
-                )
+                reason = str(getattr(error, "reason", "unusable record"))
+                faults.append(Fault(self._plan.sources[piece.source].name(piece.record), reason, str(error)))
             start += piece.stop - piece.start
-        return row
+        return faults
 
     def _put(
         self, row: AssembledRow, at: int, segment: int, record: Record, document: int, start: int, stop: int, prefix: np.ndarray
     ) -> None:
         media = [medium for number, medium in record.media if number == document] if record.media else []
-        decoded = AssembledRow.empty(0)
-        decoded.put_media(media, self._model)  # before anything is placed: a broken medium takes its document along
+        row.put_media(media, self._model)  # before anything else is placed: a broken medium takes its document along
         first = int(record.lengths[:document].sum())
         place = slice(first, first + int(record.lengths[document]))
         ids, labels = record.ids[place], record.labels[place]
         if len(prefix):
             ids, labels = np.concatenate([prefix, ids]), np.concatenate([np.full(len(prefix), IGNORED, np.int32), labels])
         row.put(at, ids[start:stop], labels[start:stop], segment)
-        row.images.extend(decoded.images)
-        row.signals.extend(decoded.signals)
 
     def _read(self, source: int, number: int) -> Record:
         key = (source, number)

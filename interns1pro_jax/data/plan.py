@@ -183,7 +183,11 @@ class RowsPlan(BatchPlan):
         rows = self.config.window * self.config.batch_size
         draws = self.mixture.draws(number * rows, (number + 1) * rows)
         pairs = zip(draws.source.tolist(), draws.record.tolist(), strict=True)
-        return [PlannedRow((Piece(source, record),), float(self.sources[source].costs[record])) for source, record in pairs]
+        costs = np.empty(len(draws))
+        for source in np.unique(draws.source).tolist():
+            mine = draws.source == source
+            costs[mine] = self.sources[source].costs[draws.record[mine]]
+        return [PlannedRow((Piece(source, record),), cost) for (source, record), cost in zip(pairs, costs.tolist(), strict=True)]
 
     def _drawn(self, step: int) -> int:
         return -(-step // self.config.window) * self.config.window * self.config.batch_size

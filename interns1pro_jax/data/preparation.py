@@ -124,6 +124,15 @@ class PartBuilder:
             example = self._encoder.encode(document)
         except ValueError as error:
             raise RejectedRecord("cannot be encoded", str(error)) from error
+        has_system = bool(document.messages and document.messages[0].get("role") == "system")
+        self.add_example(example, document.licence, has_system)
+
+    def add_example(self, example: Example, licence: str = "", has_system: bool = False) -> None:
+        """Takes over an encoded document.
+
+        Raises:
+          DataError: as `add`.
+        """
         if self._config.row is not None and (reason := example.size.misfit(self._config.row)):
             raise RejectedRecord("too large for a row", reason)
         labels = example.labels()
@@ -133,8 +142,8 @@ class PartBuilder:
         self._trained += int((labels != IGNORED).sum())
         self._documents += 1
         self._tokens += len(example.ids)
-        self._licences[document.licence] += 1
-        self._own_system += bool(document.messages and document.messages[0].get("role") == "system")
+        self._licences[licence] += 1
+        self._own_system += has_system
         self._waiting.append(example)
         self._waiting_tokens += len(example.ids)
         self._waiting_bytes += _bytes_of(example)

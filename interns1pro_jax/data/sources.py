@@ -18,6 +18,7 @@ import hashlib
 import io
 import itertools
 import json
+import mmap
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -173,7 +174,10 @@ class PreparedSource:
         path = paths.join(self.directory, f"index/{name}.npy")
         try:
             if paths.is_local(path):
-                return np.load(path, mmap_mode="r", allow_pickle=False)
+                array = np.load(path, mmap_mode="r", allow_pickle=False)
+                if isinstance(array.base, mmap.mmap) and hasattr(mmap, "MADV_RANDOM"):
+                    array.base.madvise(mmap.MADV_RANDOM)  # draws are random: what lies beside them is not worth its memory
+                return array
             return np.load(io.BytesIO(paths.read_bytes(path)), allow_pickle=False)
         except (OSError, ValueError) as error:
             raise DataError(f"{path} cannot be read ({error}); prepare the data again.") from error
