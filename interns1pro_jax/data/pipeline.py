@@ -223,11 +223,12 @@ class Batches:
       steps: how many batches there may be asked for.
 
     Attributes:
+      plan: which rows they have.
       quarantine: records that could not be used, and why.
     """
 
     def __init__(self, reader: RowReader, plan: BatchPlan, reading: ReadConfig, steps: int = 2**40):
-        self._reader, self._plan, self._reading, self._steps = reader, plan, reading, steps
+        self._reader, self.plan, self._reading, self._steps = reader, plan, reading, steps
         self._iterator: Iterator[LocalBatch] | None = None
         self._next = -1
         self.quarantine = Quarantine(plan.config.max_bad_share)
@@ -254,12 +255,12 @@ class Batches:
 
     def state(self, step: int) -> dict[str, Any]:
         """See `BatchPlan.state`."""
-        return self._plan.state(step)
+        return self.plan.state(step)
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """See `BatchPlan.restore`."""
         self.close()
-        self._plan.restore(state)
+        self.plan.restore(state)
 
     def metrics(self) -> dict[str, float]:
         """Counts for the run's log."""

@@ -98,7 +98,7 @@ def test_media_are_those_of_their_placeholders(batches, encoder, model, tokenize
             alone = AssembledRow.empty(128)
             alone.put_media([*images, *signals], model)
             alone.tokens[:] = batch.inputs.tokens[row]
-            expected = collate([alone], data._plan.config.row, model).inputs
+            expected = collate([alone], data.plan.config.row, model).inputs
             assert same(expected.vision, jax.tree.map(lambda x, row=row: x[row : row + 1], batch.inputs.vision))
             assert same(expected.time_series, jax.tree.map(lambda x, row=row: x[row : row + 1], batch.inputs.time_series))
 
@@ -172,7 +172,7 @@ def test_until_the_mixture_ends_every_document_came_as_often_as_its_epochs(corpu
         pipeline = dataclasses.replace(whole.pipeline, batch_size=1, block=block)  # one block is all there is
         whole = dataclasses.replace(whole, sources=sources, pipeline=pipeline)
         data = whole.batches(model, tokenizer, whole.open_sources())
-        rows = len(data._plan._block(0))
+        rows = len(data.plan._block(0))
         seen = Counter(tokens for step in range(rows) for tokens, _ in segments(data[step]))
         expected = Counter()
         for kind, epochs in (("text", 2), ("image", 1)):
@@ -188,11 +188,11 @@ def test_weights_of_tokens_hold(batches):
     data = batches("documents", block=256)
     tokens = Counter()
     for step in range(60):
-        for row in data._plan.batch(step):
+        for row in data.plan.batch(step):
             for piece in row.pieces:
-                tokens[data._plan.mixture.sources[piece.source].path] += piece.stop - piece.start
+                tokens[data.plan.mixture.sources[piece.source].path] += piece.stop - piece.start
     total = tokens.total()
-    for source in data._plan.mixture.sources:
+    for source in data.plan.mixture.sources:
         assert tokens[source.path] / total == pytest.approx(source.weight, abs=0.03)
 
 
@@ -202,7 +202,7 @@ def test_padding_is_small(corpus, model, tokenizer):
     whole = corpus("documents", kinds=("text", "image", "signal"))
     whole = dataclasses.replace(whole, pipeline=dataclasses.replace(whole.pipeline, row=row, block=1024))
     data = whole.batches(model, tokenizer, whole.open_sources())
-    rows = data._plan._block(0)
+    rows = data.plan._block(0)
     assert sum(piece.stop - piece.start for row in rows for piece in row.pieces) > 0.98 * 128 * len(rows)
 
 
@@ -211,7 +211,7 @@ def test_a_later_change_of_weights_leaves_the_past_and_an_earlier_one_is_refused
     read = [rows_of(old[step]) for step in range(30)]
     state = json.loads(json.dumps(old.state(30)))
     used = state["drawn"]
-    tokens_per_draw = sum(s.tokens / s.records * r for s, r in zip(old._plan.mixture.sizes, old._plan.mixture.stages[0].rates, strict=True))
+    tokens_per_draw = sum(s.tokens / s.records * r for s, r in zip(old.plan.mixture.sizes, old.plan.mixture.stages[0].rates, strict=True))
     later = [CurriculumStage(int(used * tokens_per_draw * 1.2) + 3000, {"documents/text": 0.0})]
     new = batches("documents", curriculum=later)
     assert [rows_of(new[step]) for step in range(30)] == read
