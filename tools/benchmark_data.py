@@ -7,6 +7,7 @@ arithmetic of the bfloat16 peak, in units of one core. Use a quiet machine: only
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import functools
@@ -14,20 +15,18 @@ import io
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from interns1pro_jax.config import ModelConfig
-from interns1pro_jax.data import examples as examples_module
 from interns1pro_jax.data import pipeline, plan, preparation, sources
 from interns1pro_jax.data.encoding import DocumentEncoder
 from interns1pro_jax.data.examples import Example, Medium, StoredImage, StoredSignal
@@ -42,11 +41,6 @@ from interns1pro_jax.flops import HARDWARE, text_flops
 from interns1pro_jax.models.time_series_inputs import required_sizes
 from interns1pro_jax.models.vision_inputs import tokens_per_item
 from tools import benchmark
-
-_THREADS = flags.DEFINE_integer("threads", 1, "Threads that make batches.", lower_bound=1)
-_PROCESSES = flags.DEFINE_integer("processes", 0, "Worker processes that make batches.", lower_bound=0)
-_REPETITIONS = flags.DEFINE_integer("repetitions", 5, "Timed repetitions of each case.", lower_bound=1)
-_TOKENS = flags.DEFINE_integer("tokens", 16_000_000, "Tokens of the text source that is made up.", lower_bound=1_000_000)
 
 _VOCABULARY, _PLAIN = 151_936, 151_643  # ids, and those that are text
 _MEAN, _SPREAD = 6.1, 1.2  # of the logarithm of a document's length: 900 tokens on average, many short and some long ones
@@ -115,8 +109,8 @@ def signals(count: int, generator: np.random.Generator) -> Iterator[Example]:
         yield _with_media(medium, medium.signal().tokens, size, 150, generator)
 
 
-def cases() -> list[Case]:
-    text = functools.partial(texts, _TOKENS.value)
+def cases(tokens: int) -> list[Case]:
+    text = functools.partial(texts, tokens)
     bounds = PixelBounds(largest=262_144)
     signal = next(signals(1, np.random.default_rng(0))).size
     many = dataclasses.replace(
@@ -217,14 +211,13 @@ class Result:
     samples: float
 
 
-def measure(case: Case, source: PreparedSource) -> Result:
+def measure(case: Case, source: PreparedSource, reading: ReadConfig, repetitions: int) -> Result:
     """Times some batches from different places in the run."""
     steps = max(int(6e6 // (case.row.tokens * case.batch_size)), 2) if case.row.text_only else 6
-    reading = ReadConfig(_THREADS.value, 2, _PROCESSES.value)
     batches = open_batches(case, source, reading)
     batch = batches[0]
     wall, cpu, tokens = [], [], []
-    for repetition in range(_REPETITIONS.value):
+    for repetition in range(repetitions):
         first, count = 1 + repetition * steps, 0
         wall_start, cpu_start = time.perf_counter(), time.process_time()
         for step in range(first, first + steps):
@@ -246,7 +239,7 @@ def measure(case: Case, source: PreparedSource) -> Result:
         float(np.median(np.array(tokens) / wall)),
         float(np.median(np.array(tokens) / cpu)),
         {stage: spent / total for stage, spent in seconds.items()},
-        sum(tokens) / (_REPETITIONS.value * steps * case.batch_size * case.row.tokens),
+        sum(tokens) / (repetitions * steps * case.batch_size * case.row.tokens),
         float(np.count_nonzero(vision.frame_ids) / per_batch) if vision is not None else 0.0,
         float(np.count_nonzero(series.values) / per_batch) if series is not None else 0.0,
     )
@@ -269,7 +262,7 @@ def report(results: dict[str, Result], console: Console) -> None:
     wanted = Table(title="what a host takes at most: its devices at their bfloat16 peak, rows of 4 k, nothing else computed")
     for name in ("slice", "tokens/s of a host", "cores: text from chunks", "packed rows", "every row full of images", "of signals"):
         wanted.add_column(name, justify="left" if name == "slice" else "right")
-    chunk, packed, *_ = (results[case.name].cpu for case in cases()[0:4:2])
+    chunk, packed = (next(r for name, r in results.items() if word in name).cpu for word in ("chunks", "packed"))
     picture, signal = (result for result in results.values() if result.patches or result.samples)
     for label, chip in (("v5p-512 recipe", "v5p"), ("tpu7x-256 recipe", "tpu7x")):
         hardware = HARDWARE[chip]
@@ -279,26 +272,27 @@ def report(results: dict[str, Result], console: Console) -> None:
     console.print(wanted)
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}.")
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1, help="that make batches")
+    parser.add_argument("--processes", type=int, default=0, help="that make batches")
+    parser.add_argument("--repetitions", type=int, default=5, help="of each case")
+    parser.add_argument("--tokens", type=int, default=16_000_000, help="of the text that is made up")
+    arguments = parser.parse_args(argv)
     benchmark.prepare(1)
+    flags.FLAGS.mark_as_parsed()  # Grain's worker processes look at absl's flags
     console = Console(width=170)
+    reading = ReadConfig(arguments.threads, 2, arguments.processes)
     results: dict[str, Result] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for number, case in enumerate(track(cases(), "measuring", console=console)):
-            results[case.name] = measure(case, prepare(case, Path(folder) / str(number)))
+        for number, case in enumerate(track(cases(arguments.tokens), "measuring", console=console)):
+            results[case.name] = measure(case, prepare(case, Path(folder) / str(number)), reading, arguments.repetitions)
     report(results, console)
     benchmark.report(
-        f"{_THREADS.value} threads, {_PROCESSES.value} processes, medians of {_REPETITIONS.value}",
-        {
-            "record version": str(examples_module.VERSION),
-            "numpy": np.__version__,
-            "peak memory": f"{benchmark.resident_peak_gib():.2f} GiB",
-        },
+        f"{arguments.threads} threads, {arguments.processes} processes, medians of {arguments.repetitions}",
+        {"numpy": np.__version__, "peak memory": f"{benchmark.resident_peak_gib():.2f} GiB"},
     )
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_platforms", "cpu")
-    app.run(main)
+    main()

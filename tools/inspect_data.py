@@ -8,6 +8,7 @@ images and signals; and `inspection/batches.png`: the packing of each row, where
 
 from __future__ import annotations
 
+import argparse
 import html
 import io
 import sys
@@ -21,7 +22,6 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from absl import app, flags
 from matplotlib.axes import Axes
 from PIL import Image
 from rich.console import Console
@@ -33,10 +33,6 @@ from interns1pro_jax.models.inputs import Batch, TimeSeriesInputs, VisionInputs
 from interns1pro_jax.ops.losses import IGNORED
 from tools.recipe import Recipe, read_recipe
 
-_OUTPUT = flags.DEFINE_string("output", "inspection", "Directory for the page.")
-_STEP = flags.DEFINE_integer("step", 0, "First batch to show.", lower_bound=0)
-_STEPS = flags.DEFINE_integer("steps", 2, "Batches to show.", lower_bound=1)
-_ROWS = flags.DEFINE_integer("rows", 8, "Rows of each batch to show.", lower_bound=1)
 _DRAWS = 10_000  # that the shares are counted over
 _STYLE = """
 body { font: 14px/1.45 sans-serif; margin: 2em auto; max-width: 1100px; color: #222 }
@@ -199,16 +195,22 @@ def inspect(recipe: Recipe, output: Path, step: int, steps: int, rows: int) -> P
     return page
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) != 2:
-        raise app.UsageError("give one recipe: python -m tools.inspect_data configs/recipes/X.gin")
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", help="gin file")
+    parser.add_argument("--gin_param", action="append", default=[], help="binding that overrides the recipe")
+    parser.add_argument("--output", type=Path, default=Path("inspection"), help="directory for the page")
+    parser.add_argument("--step", type=int, default=0, help="first batch to show")
+    parser.add_argument("--steps", type=int, default=2, help="batches to show")
+    parser.add_argument("--rows", type=int, default=8, help="rows of each batch to show")
+    arguments = parser.parse_args(argv)
     try:
-        recipe = read_recipe([argv[1]], flags.FLAGS.gin_param)
-        page = inspect(recipe, Path(_OUTPUT.value), _STEP.value, _STEPS.value, _ROWS.value)
+        recipe = read_recipe([arguments.recipe], arguments.gin_param)
+        page = inspect(recipe, arguments.output, arguments.step, arguments.steps, arguments.rows)
     except (ConfigError, DataError) as error:
         sys.exit(f"error: {error}")
     Console(highlight=False).print(f"{page} and {page.with_name('batches.png')}")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

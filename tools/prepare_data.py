@@ -8,6 +8,7 @@ or s3://. The command can be stopped and repeated: it goes on with the slices of
 
 from __future__ import annotations
 
+import argparse
 import concurrent.futures
 import dataclasses
 import multiprocessing
@@ -18,7 +19,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from absl import app, flags
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -31,18 +31,8 @@ from interns1pro_jax.data.preparation import Part, PreparationConfig, Slice
 from interns1pro_jax.data.records import DataError
 from interns1pro_jax.data.sources import DOCUMENTS, MANIFEST, ROWS, Manifest
 from interns1pro_jax.data.transforms import Transform
-from tools.recipe import read_recipe
+from tools.recipe import add_recipe_arguments, read_recipe
 
-_INPUT = flags.DEFINE_multi_string("input", None, "File or pattern, .jsonl or .parquet; may be repeated.", required=True)
-_OUTPUT = flags.DEFINE_string("output", None, "Directory of the prepared source.")
-_KIND = flags.DEFINE_enum("kind", DOCUMENTS, [DOCUMENTS, ROWS], "Documents to be packed while training, or rows packed now.")
-_CHUNK = flags.DEFINE_integer("chunk_tokens", 0, "Documents share a record until they have so many tokens; 0: a record each.")
-_SYSTEM = flags.DEFINE_string("system", None, "System message for conversations that have none.")
-_TRANSFORM = flags.DEFINE_string("transform", None, "JSON file of templates for structured records; see data/transforms.py.")
-_LICENCE = flags.DEFINE_string("licence", "", "Licence of records that do not name theirs.")
-_MAX_REJECTED = flags.DEFINE_float("max_rejected", 0.05, "Share of rejected records above which the source is not completed.")
-_WORKERS = flags.DEFINE_integer("workers", 1, "Processes.", lower_bound=1)
-_CHECK = flags.DEFINE_bool("check", False, "Validate and report, write nothing.")
 _SHOWN = 3  # examples of each reason
 
 
@@ -127,27 +117,37 @@ def report(parts: Sequence[Part], console: Console) -> None:
     console.print(table)
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}.")
-    if (_OUTPUT.value is None) != _CHECK.value:
-        raise app.UsageError("give --output, or --check to validate without writing.")
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_recipe_arguments(parser)
+    parser.add_argument("--input", action="append", required=True, help="file or pattern, .jsonl or .parquet; may be repeated")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--output", help="directory of the prepared source")
+    where.add_argument("--check", action="store_true", help="validate and report, write nothing")
+    parser.add_argument("--kind", choices=(DOCUMENTS, ROWS), default=DOCUMENTS, help="packed while training, or now")
+    parser.add_argument("--chunk_tokens", type=int, default=0, help="documents share a record until they have so many tokens; 0: one each")
+    parser.add_argument("--system", help="system message for conversations that have none")
+    parser.add_argument("--transform", type=Path, help="JSON file of templates for structured records; see data/transforms.py")
+    parser.add_argument("--licence", default="", help="of records that do not name theirs")
+    parser.add_argument("--max_rejected", type=float, default=0.05, help="share of rejected records above which nothing is completed")
+    parser.add_argument("--workers", type=int, default=1, help="processes")
+    arguments = parser.parse_args(argv)
     console, start = Console(), time.monotonic()
     try:
-        recipe = read_recipe(flags.FLAGS.gin_file, flags.FLAGS.gin_param)
-        config = PreparationConfig(_KIND.value, recipe.corpus.pipeline.row, _CHUNK.value, max_rejected=_MAX_REJECTED.value)
-        transform = Path(_TRANSFORM.value).read_bytes() if _TRANSFORM.value else None
+        recipe = read_recipe(arguments.gin_file, arguments.gin_param)
+        row = recipe.corpus.pipeline.row
+        config = PreparationConfig(arguments.kind, row, arguments.chunk_tokens, max_rejected=arguments.max_rejected)
+        transform = arguments.transform.read_bytes() if arguments.transform else None
         encoder = DocumentEncoder(recipe.tokenizer, recipe.model, recipe.corpus.bounds)
-        reader = RecordReader(
-            posixpath.basename((_OUTPUT.value or "check").rstrip("/")), "", recipe.model.vision, _SYSTEM.value, _LICENCE.value
-        )
+        name = posixpath.basename((arguments.output or "check").rstrip("/"))
+        reader = RecordReader(name, "", recipe.model.vision, arguments.system, arguments.licence)
         content = preparation.digest(config, encoder, reader, transform and transform.decode())
-        job = Job(config, encoder, reader, Transform(transform) if transform is not None else None, _OUTPUT.value, content)
-        run(job, _INPUT.value, _WORKERS.value, console)
+        job = Job(config, encoder, reader, Transform(transform) if transform is not None else None, arguments.output, content)
+        run(job, arguments.input, arguments.workers, console)
     except (ConfigError, DataError, OSError) as error:
         sys.exit(f"error: {error}")
     console.print(f"Done in {time.monotonic() - start:.0f} s.", highlight=False)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -27,6 +28,12 @@ class Recipe:
 @gin.configurable
 def _parts(model: ModelConfig = gin.REQUIRED, corpus: Corpus = gin.REQUIRED) -> tuple[ModelConfig, Corpus]:
     return model, corpus
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `experiments.launch` that name a recipe."""
+    parser.add_argument("--gin_file", action="append", required=True, help="recipe; several are read one after the other")
+    parser.add_argument("--gin_param", action="append", default=[], help="binding that overrides the recipe")
 
 
 def read_recipe(files: Sequence[str], params: Sequence[str] = ()) -> Recipe:

@@ -7,12 +7,13 @@ ranks' attention costs are with and without dealing.
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 
@@ -22,22 +23,15 @@ from interns1pro_jax.data.packing import RowSize, plan_rows
 from interns1pro_jax.data.plan import PipelineConfig, make_plan
 from interns1pro_jax.data.sources import ROWS, Manifest, PreparedSource, Shard
 
-_TOKENS = flags.DEFINE_float("tokens", 6e12, "Of the whole mixture.")
-_ROW = flags.DEFINE_integer("row", 4096, "Tokens of a row.")
-_SOURCES = flags.DEFINE_integer("sources", 40, "Sources; the smallest has a thousandth of the largest.")
-_BATCH = flags.DEFINE_integer("batch_size", 1024, "Rows of a batch.")
-_RANKS = flags.DEFINE_integer("ranks", 512, "Data-parallel ranks.")
-_STEP = flags.DEFINE_integer("step", 10**6, "The far step.")
 _SHARD = 65536  # records
 
 
-def make_sources(root: Path) -> list[Source]:
+def make_sources(root: Path, tokens: float, count: int, row: RowSize) -> list[Source]:
     """Sources with manifests of shards that are not there, and tables of costs that take no room on the disk."""
-    count, row = _SOURCES.value, RowSize(_ROW.value)
     shares = np.geomspace(1, 1e-3, count) / np.geomspace(1, 1e-3, count).sum()
     found = []
     for number, share in enumerate(shares.tolist()):
-        records = int(_TOKENS.value * share) // row.tokens
+        records = int(tokens * share) // row.tokens
         directory = root / f"source-{number:02d}"
         (directory / "index").mkdir(parents=True)
         sizes = [min(_SHARD, records - start) for start in range(0, records, _SHARD)]
@@ -55,30 +49,31 @@ def resident_mib() -> tuple[float, float]:
     return int(lines["RssAnon"].split()[0]) / 1024, int(lines["RssFile"].split()[0]) / 1024
 
 
-def scale(console: Console) -> None:
+def scale(arguments: argparse.Namespace, console: Console) -> None:
+    row, size, far = RowSize(arguments.row), arguments.batch_size, arguments.step
     with tempfile.TemporaryDirectory() as folder:
-        chosen = make_sources(Path(folder))
+        chosen = make_sources(Path(folder), arguments.tokens, arguments.sources, row)
         before, start = resident_mib(), time.perf_counter()
         opened = [PreparedSource(source.path) for source in sorted(chosen, key=lambda source: source.path)]
-        config = PipelineConfig(RowSize(_ROW.value), _BATCH.value, seed=1)
-        mixture = Mixture(chosen, [prepared.size for prepared in opened], seed=1, align=_BATCH.value)
-        plan = make_plan(mixture, opened, config, _RANKS.value, [0] * len(opened))
+        config = PipelineConfig(row, size, seed=1)
+        mixture = Mixture(chosen, [prepared.size for prepared in opened], seed=1, align=size)
+        plan = make_plan(mixture, opened, config, arguments.ranks, [0] * len(opened))
         plan.batch(0)
         to_open = time.perf_counter() - start
         start = time.perf_counter()
-        plan.batch(_STEP.value)
+        plan.batch(far)
         to_seek = time.perf_counter() - start
         start = time.perf_counter()
-        for step in range(_STEP.value + 1, _STEP.value + 101):
+        for step in range(far + 1, far + 101):
             plan.batch(step)
         per_batch = (time.perf_counter() - start) / 100
         own, mapped = (now - earlier for now, earlier in zip(resident_mib(), before, strict=True))
         records, shards = sum(len(s) for s in opened), sum(len(s.manifest.shards) for s in opened)
         console.print(
-            f"{len(opened)} sources, {shards:,} shards, {records:,} rows of {_ROW.value} tokens, {records * _ROW.value:.3g} tokens"
+            f"{len(opened)} sources, {shards:,} shards, {records:,} rows of {row.tokens} tokens, {records * row.tokens:.3g} tokens"
         )
-        console.print(f"opened, first batch planned in {to_open:.2f} s; batch {_STEP.value:,} in {to_seek * 1e3:.1f} ms; "
-                      f"following ones {per_batch * 1e3:.1f} ms each of {_BATCH.value} rows")  # fmt: skip
+        console.print(f"opened, first batch planned in {to_open:.2f} s; batch {far:,} in {to_seek * 1e3:.1f} ms; "
+                      f"following ones {per_batch * 1e3:.1f} ms each of {size} rows")  # fmt: skip
         console.print(
             f"memory of a process for it: {own:.0f} MiB of its own, {mapped:.0f} MiB of file pages that were touched and can be dropped"
         )
@@ -131,13 +126,19 @@ def balance(console: Console) -> None:
     console.print(table)
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}.")
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=float, default=6e12, help="of the whole mixture")
+    parser.add_argument("--row", type=int, default=4096, help="tokens of a row")
+    parser.add_argument("--sources", type=int, default=40, help="the smallest has a thousandth of the largest")
+    parser.add_argument("--batch_size", type=int, default=1024, help="rows")
+    parser.add_argument("--ranks", type=int, default=512, help="data-parallel ranks")
+    parser.add_argument("--step", type=int, default=10**6, help="the far step")
+    arguments = parser.parse_args(argv)
     console = Console(width=150, highlight=False)
-    scale(console)
+    scale(arguments, console)
     balance(console)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

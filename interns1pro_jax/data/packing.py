@@ -103,7 +103,7 @@ def plan_rows(sizes: Int[np.ndarray, "D columns"], row: RowSize, order: Int[np.n
 
     Args:
       sizes: a line for each document, in the columns of `COLUMNS`, or in the first of them where there are no media.
-      order: of documents that need equal parts of a row.
+      order: of documents that need similar parts of a row.
 
     Raises:
       ValueError: a document that cannot be in any row; see `misfits` beforehand.
@@ -115,7 +115,8 @@ def plan_rows(sizes: Int[np.ndarray, "D columns"], row: RowSize, order: Int[np.n
     needs = sizes[:, :_ADDITIVE].copy()
     needs[:, 0] -= full * row.tokens
     has = row.as_array()[: needs.shape[1]]
-    by_size = np.lexsort((order, -(needs / np.maximum(has, 1)).max(1)))
+    # Large before small, but in random order within a factor of four: it fills rows as well, and rows of one kind of document are rare.
+    by_size = np.lexsort((order, -np.floor(np.log2((needs / np.maximum(has, 1)).max(1)) / 2)))
     media = (needs[by_size, 1:] > 0).any(1)
     large = 2 * needs[by_size, 0] > row.tokens
     row_of = np.empty(len(needs), np.int64)

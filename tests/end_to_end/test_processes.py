@@ -1,0 +1,35 @@
+"""Several processes, each with the rows of its own devices, make the global batch that one process would make."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).with_name("two_processes.py")
+
+
+def test_two_processes_place_one_batch():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), address, "2", str(index)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd=SCRIPT.parents[2],
+        )
+        for index in range(2)
+    ]
+    try:
+        results = [process.communicate(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert all(process.returncode == 0 for process in processes), results
+    rows = [line for output, _ in results for line in output.splitlines() if line.startswith("rows")]
+    assert rows == [f"rows {list(range(8))}", f"rows {list(range(8, 16))}"]
