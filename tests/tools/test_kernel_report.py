@@ -347,8 +347,8 @@ def test_the_best_case_counts_and_what_fails_is_kept(schedule):
     assert report.sums(["up_fwd", "up_drhs"], {"mine": ["mine"]})[0].missing == ("up_drhs",)
 
 
-def total(time, rows=32768, missing=(), least=1.05):
-    return Sum("v6e", rows, "rnd", "best peers", 1.0, least, time, 1.0, 1.0, Parts(useful=time), missing)
+def total(time, rows=32768, missing=(), least=1.05, products=tuple(PRODUCTS)):
+    return Sum("v6e", rows, "rnd", "best peers", 1.0, least, time, 1.0, 1.0, Parts(useful=time), products, missing)
 
 
 @pytest.mark.parametrize(
@@ -358,6 +358,7 @@ def total(time, rows=32768, missing=(), least=1.05):
         (total(1.10), total(1.05), "1.08 MISSED, NOT FASTER than best peers"),
         (total(1.10, least=1.09), total(1.11), "1.08 out of reach, faster than best peers"),
         (total(1.10, rows=8192), None, "1.15 met"),
+        (total(1.10, products=("up_drhs", "dn_drhs")), total(1.2), "none, faster than best peers"),
         (total(1.0, missing=("up_fwd",)), None, "-"),
         (None, total(1.0), "-"),
     ],

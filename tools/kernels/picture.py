@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from tools.kernels.parts import Parts
-from tools.kernels.report import BARS, Sum
+from tools.kernels.report import Sum
 
 _COLORS = {"useful": "#1f4e79", "granularity": "#7f9fbf", "padding": "#f2a541", "overhead": "#c0392b", "waiting": "#bdbdbd"}
 _LEGEND = {
@@ -37,8 +37,8 @@ def draw(sums: Sequence[Sum], shown: Sequence[str], path: Path) -> None:
                 if total := found.get((kind, chip, count, kernel)):
                     _bar(axes, x + (place - (len(shown) - 1) / 2) * width, 0.92 * width, total, f"{kernel}\n{total.ratio:.3f}")
                     axes.hlines(total.least_ratio, x - 0.45, x + 0.45, color="black", linewidth=1)
-            if count in BARS:
-                axes.hlines(BARS[count], x - 0.45, x + 0.45, color="black", linestyle="--", linewidth=1)
+                    if total.bar:
+                        axes.hlines(total.bar, x - 0.45, x + 0.45, color="black", linestyle="--", linewidth=1)
         axes.set_xticks(range(len(rows)), [f"{count:,} rows" for count in rows])
         axes.set_title(f"{chip}, sizes {kind!r}", fontsize="medium")
         axes.margins(y=0.15)

@@ -13,7 +13,7 @@ from tools.kernels.chips import Chip
 from tools.kernels.compile import Compilation, CompileError, Compiler
 from tools.kernels.parts import Parts, divide
 from tools.kernels.peers import Contender
-from tools.kernels.products import Product, group_sizes
+from tools.kernels.products import PRODUCTS, Product, group_sizes
 from tools.kernels.schedule import ScheduleError
 from tools.kernels.simulate import Memory, ProgramError, simulate
 
@@ -87,7 +87,7 @@ class Modelled:
 
 @dataclasses.dataclass(frozen=True)
 class Sum:
-    """The products of one layer together; `missing` names those without a result."""
+    """Products of one layer together; `missing` names those without a result."""
 
     chip: str
     rows: int
@@ -99,11 +99,17 @@ class Sum:
     flops: float
     needed: float
     parts: Parts
+    products: tuple[str, ...]
     missing: tuple[str, ...]
 
     @property
     def ratio(self) -> float:
         return self.time / self.roofline
+
+    @property
+    def bar(self) -> float | None:
+        """The ratio to keep; there is none for some of the products only."""
+        return BARS.get(self.rows) if set(self.products) == set(PRODUCTS) else None
 
     @property
     def least_ratio(self) -> float:
@@ -153,6 +159,7 @@ def _sum(cell: tuple[str, int, str], name: str, members: Sequence[str], products
         flops=sum(record.flops for record in fastest.values()),
         needed=sum(record.needed for record in fastest.values()),
         parts=Parts(*map(sum, zip(*(record.parts for record in fastest.values()), strict=True))) if fastest else Parts(),
+        products=tuple(products),
         missing=tuple(product for product in products if product not in fastest),
     )
 

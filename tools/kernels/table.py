@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from tools.kernels.parts import Parts
-from tools.kernels.report import BARS, Compiled, Hot, Modelled, Report, Sum
+from tools.kernels.report import Compiled, Hot, Modelled, Report, Sum
 
 BEST_PEER = "best peers"
 
@@ -18,7 +18,7 @@ def markdown(report: Report, sums: Sequence[Sum], ours: str, assumptions: Mappin
     """All tables, the shortest first, with what was assumed on top."""
     sections = ["# Kernel report", "\n".join(f"* {name}: {text}" for name, text in assumptions.items())]
     if sums:
-        sections += ["## The six products of one layer together", _SUMS_NOTE, sums_table(sums, ours)]
+        sections += [f"## Together: {', '.join(sums[0].products)}", _SUMS_NOTE, sums_table(sums, ours)]
         sections += ["### What the time is made of", _PARTS_NOTE, parts_table(sums, ours)]
     if report.modelled:
         sections += ["## Modelled times", _MODEL_NOTE, modelled_table(report.best())]
@@ -81,10 +81,9 @@ def verdict(mine: Sum | None, peer: Sum | None) -> str:
     """Whether our kernels keep the bar and beat the best peers."""
     if mine is None or mine.missing:
         return "-"
-    bar = BARS.get(mine.rows)
     kept = "none"
-    if bar:
-        kept = f"{bar} {'met' if mine.ratio <= bar else 'MISSED' if mine.least_ratio <= bar else 'out of reach'}"
+    if mine.bar:
+        kept = f"{mine.bar} {'met' if mine.ratio <= mine.bar else 'MISSED' if mine.least_ratio <= mine.bar else 'out of reach'}"
     if peer is None or peer.missing:
         return kept
     return f"{kept}, {'faster' if mine.time < peer.time else 'NOT FASTER'} than {peer.kernel}"
