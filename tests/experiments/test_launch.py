@@ -7,6 +7,7 @@ import pytest
 
 from experiments import bindings, launch
 from interns1pro_jax.config import ModelConfig
+from interns1pro_jax.train import aot
 
 RECIPES = sorted((launch.ROOT / "configs" / "recipes").glob("*.gin"))
 
@@ -71,3 +72,24 @@ def test_unwritable_workdir_is_named(tmp_path):
     launch.parse([str(launch.ROOT / "configs/recipes/demo.gin")], [])
     with pytest.raises(SystemExit, match=f"error: .*{blocked}"):
         launch.run(Path(blocked) / "run")
+
+
+@pytest.mark.skipif(not aot.can_compile(), reason="the devices of a TPU pod come from libtpu (Linux on x86-64)")
+@pytest.mark.parametrize(
+    ("recipe", "params", "message"),
+    [
+        ("pretrain_v5p_512", ["MeshConfig.fsdp = 32"], "fsdp=32 x context=1 x expert=8 needs 256 devices, but 512 are available"),
+        ("pretrain_v5p_512", ["MeshConfig.expert = 16", "MeshConfig.fsdp = 32"], "expert=16 must divide router_n_groups=8"),
+        ("pretrain_v5p_512", ["PipelineConfig.batch_size = 1000"], "size 1000 .* does not divide over the mesh axes"),
+        ("pretrain_v5p_512", ["MeshConfig.topology = 'v5p:8x8x8x8'"], "libtpu does not know the topology 'v5p:8x8x8x8'"),
+        (
+            "pretrain_v6e_1024",
+            ["MeshConfig.slices = 1", "MeshConfig.fsdp = 32"],
+            r"parameters, gradients and optimizer alone need 5\d\.\d GiB of each of 256 devices, which have 31.25",
+        ),
+    ],
+)
+def test_compile_only_refuses_contradictions_at_once(tmp_path, recipe, params, message):
+    launch.parse([str(launch.ROOT / f"configs/recipes/{recipe}.gin")], params)
+    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+        launch.run(tmp_path, compile_only=True)
