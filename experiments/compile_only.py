@@ -36,9 +36,9 @@ def compile_step(
     remat: str,
     compiler_options: Mapping[str, str],
     title: str,
-) -> StepReport:
+) -> tuple[StepReport, str]:
     """Compiles the step that a run of these arguments would take: for the topology of `mesh`, or where it has none for as many CPU
-    devices, which tells memory and work but no times.
+    devices, which tells memory and work but no times. Returns the report and the text of the program.
 
     Raises:
       ConfigError: the arguments contradict each other, or the step does not fit the memory of a device; with the numbers.
@@ -58,7 +58,7 @@ def compile_step(
         step = make_train_step(graphdef, model.text, optim, remat=remat, compiler_options=compiler_options if mesh.topology else None)
         start = time.perf_counter()
         program = aot.compile_for(target, step, state, batch)
-        return make_report(
+        report = make_report(
             program,
             target,
             hardware,
@@ -70,6 +70,7 @@ def compile_step(
             batch=batch,
             seconds=time.perf_counter() - start,
         )
+        return report, program.text
 
 
 def target_mesh(mesh: MeshConfig) -> Mesh:
@@ -80,10 +81,11 @@ def target_mesh(mesh: MeshConfig) -> Mesh:
     return mesh.make(jax.devices("cpu")[: mesh.size])
 
 
-def write(report: StepReport, workdir: Path, console: Console) -> None:
-    """Writes `step.md`, `step.json` and `step.png` to `workdir`, and shows the first."""
+def write(report: StepReport, text: str, workdir: Path, console: Console) -> None:
+    """Writes `step.md`, `step.json`, `step.png` and the compiled program's text `step.hlo` to `workdir`, and shows the first."""
     workdir.mkdir(parents=True, exist_ok=True)
     page = markdown(report)
+    (workdir / "step.hlo").write_text(text)
     (workdir / "step.json").write_text(report.to_json())
     draw(report, workdir / "step.png")
     (workdir / "step.md").write_text(f"{page}\n![memory and modelled times](step.png)\n")

@@ -76,7 +76,7 @@ def train(
       NonFiniteError: see `LoopConfig.skip_nonfinite`.
     """
     if compile_only:
-        needs = compile_step(
+        needs, text = compile_step(
             model=model,
             mesh=mesh,
             pipeline=corpus.pipeline,
@@ -86,7 +86,7 @@ def train(
             compiler_options=compiler_options,
             title=title,
         )
-        write(needs, workdir, Console())
+        write(needs, text, workdir, Console())
         return
     devices = mesh.make()
     console = Console(quiet=jax.process_index() != 0)

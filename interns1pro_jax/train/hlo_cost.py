@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 
@@ -10,6 +11,10 @@ import numpy as np
 from interns1pro_jax.train.hlo import Computation, Instruction, Program, bytes_of, control_flow, executions, shape_of
 
 _KERNEL = re.compile(r'"cost_estimate":\{"flops":"(\d+)".*?"bytes_accessed":"(\d+)"')
+_OPERANDS = re.compile(r"operand_layout_constraints=\{((?:[^{}]|\{[^{}]*\})*)\}")
+_ARRAY = re.compile(r"\w+\[[\d,]*\]")
+# Products of a query block with a key block: scores and values; the backward computes the scores again and four gradients.
+_SPLASH = {"splash_mha_fwd": 2, "splash_mha_dkv": 5}
 _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 _WINDOW = re.compile(r"window=\{([^}]*)\}")
 _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
@@ -17,10 +22,31 @@ _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all", "partition-id"}
 
 
-def kernel_cost(instruction: Instruction) -> tuple[int, int] | None:
-    """FLOPs and bytes of a Pallas kernel by its own estimate; None for other instructions."""
-    found = _KERNEL.search(instruction.attributes) if instruction.opcode == "custom-call" else None
-    return (int(found[1]), int(found[2])) if found else None
+@dataclasses.dataclass(frozen=True)
+class KernelCost:
+    """FLOPs and bytes of a Pallas kernel, and whether it is one of attention."""
+
+    flops: int
+    bytes: int
+    attention: bool = False
+
+
+def kernel_cost(instruction: Instruction) -> KernelCost | None:
+    """By its own estimate, or for the splash kernels, which make none, by the shapes of their operands; None for other instructions."""
+    if instruction.opcode != "custom-call":
+        return None
+    if found := _KERNEL.search(instruction.attributes):
+        return KernelCost(int(found[1]), int(found[2]))
+    products = next((count for name, count in _SPLASH.items() if instruction.name.startswith(name)), None)
+    operands = _OPERANDS.search(instruction.attributes)
+    if products is None or operands is None:
+        return None
+    blocks, _, q, k, *_ = [shape_of(array) for array in _ARRAY.findall(operands[1])]
+    (queries, length, width), keys = q, k[1]
+    # Half of the scores are those of earlier tokens; blocks on the diagonal are computed whole.
+    seen = (1 + 1 / max(blocks)) / 2
+    flops = int(products * 2 * queries * length * keys * width * seen)
+    return KernelCost(flops, bytes_of(operands[1]) + bytes_of(instruction.type), attention=True)
 
 
 def product_flops(program: Program) -> tuple[float, float]:
@@ -32,7 +58,7 @@ def product_flops(program: Program) -> tuple[float, float]:
             if instruction.opcode in ("convolution", "dot"):
                 products += times[name] * _product(instruction, instructions)
             elif cost := kernel_cost(instruction):
-                kernels += times[name] * cost[0]
+                kernels += times[name] * cost.flops
     return products, kernels
 
 
@@ -81,7 +107,7 @@ def traffic(program: Program) -> float:
 
 def _moved(instruction: Instruction, siblings: Computation, program: Program) -> int:
     if cost := kernel_cost(instruction):
-        return cost[1]
+        return cost.bytes
     inner = next((program[called] for how, called in instruction.called if how == "calls"), {}) if instruction.opcode == "fusion" else {}
     parameters = {i.number: i for i in inner.values() if i.opcode == "parameter"}
     total = 0

@@ -22,8 +22,11 @@ from interns1pro_jax.train.hlo import Collective, Computation, Instruction
 from interns1pro_jax.train.hlo_cost import kernel_cost
 from pallas_kernels.chips import CHIPS
 
-# Time of the grouped products over their roofline (docs/kernels.md, 65,536 rows); attention kernels wait for their exponentials as well.
+# Time of the grouped products over their roofline (docs/kernels.md, 65,536 rows).
 KERNEL_TIME_OVER_BOUND = {"v5e": 1.1, "v5p": 1.062, "v6e": 1.114, "tpu7x": 1.139}
+# Of attention: an assumption, not read off schedules. Heads of 128 fill the matrix units of v5e and v5p and half of those of v6e and
+# tpu7x, and scores pass through the vector units for their exponentials.
+ATTENTION_TIME_OVER_BOUND = {"v5e": 1.6, "v5p": 1.6, "v6e": 2.8, "tpu7x": 2.8}
 
 _UNKNOWN = 2**62  # estimates above this stand for "not known"
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
@@ -145,8 +148,9 @@ class Player:
         """Seconds of an instruction, and whether it is a Pallas kernel."""
         hardware = self._hardware
         if cost := kernel_cost(instruction):
-            bound = max(cost[0] / hardware.peak, cost[1] / hardware.bandwidth)
-            return KERNEL_TIME_OVER_BOUND[hardware.name] * bound, True
+            bound = max(cost.flops / hardware.peak, cost.bytes / hardware.bandwidth)
+            over = ATTENTION_TIME_OVER_BOUND if cost.attention else KERNEL_TIME_OVER_BOUND
+            return over[hardware.name] * bound, True
         found = _CYCLES.search(instruction.attributes)
         cycles = int(found[1]) if found else 0
         return (cycles / CHIPS[hardware.name].clock if cycles < _UNKNOWN else 0.0), False

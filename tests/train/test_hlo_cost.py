@@ -108,3 +108,13 @@ class TestTimes:
         player = Player(TEXT, aot.pod_mesh("tpu7x:4x4x4", fsdp=16, expert=8), HARDWARE["tpu7x"])
         collective = hlo.Collective("", "all-gather", "", 2**30, ("expert",), 1, True)
         assert np.isclose(player.transfer(collective), 2**30 * 3 / 4 / (2 * HARDWARE["tpu7x"].link))
+
+
+def test_attention_kernels_cost_half_of_all_scores_and_the_diagonal():
+    """64 query heads of 128 over 4,096 tokens in blocks of 1,024: of 16 blocks ten are visited, twice in the forward."""
+    operands = "s8[1,4,4]{2,1,0}, s8[1,4,4]{2,1,0}, bf16[64,4096,128]{2,1,0}, bf16[4,4096,128]{2,1,0}, bf16[4,4096,128]{2,1,0}"
+    text = f"""ENTRY %main (a: f32[]) -> f32[] {{
+  %a = f32[] parameter(0)
+  ROOT %splash_mha_fwd_residuals.1 = bf16[64,4096,128] custom-call(%a), operand_layout_constraints={{{operands}}}, backend_config={{}}
+}}"""
+    assert hlo_cost.product_flops(hlo.computations(text)) == (0, 2 * 2 * 64 * 4096 * 4096 * 128 * 10 / 16)
