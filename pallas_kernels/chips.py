@@ -25,6 +25,7 @@ class Chip:
       bf16_vectors: whether the vector units calculate in bfloat16.
       dequantized: e4m3 elements that the vector units scale and turn into bfloat16 per cycle; read off compiled schedules.
       min_rows: rows up to which streaming hides behind the loading of the stationary matrices.
+      chunk: columns of a stationary matrix that lie together in vector memory; the compiler's schedules are worse with more.
       region_overhead: cycles to fill and drain the matrix units around a straight run of products; read off compiled schedules.
     """
 
@@ -39,6 +40,7 @@ class Chip:
     bf16_vectors: bool
     dequantized: int
     min_rows: int
+    chunk: int
     region_overhead: int
 
     @property
@@ -50,10 +52,10 @@ class Chip:
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v5e", 1, 128 * MIB, 128, 4 * 128 * 128, 1.5e9, 819e9, False, False, 700, 48, 190),
-        Chip("v5p", 2, 64 * MIB, 128, 4 * 128 * 128, 1.75e9, 2765e9, False, False, 700, 48, 190),
-        Chip("v6e", 1, 128 * MIB, 256, 4 * 256 * 256, 1.75e9, 1640e9, False, True, 1140, 128, 290),
-        Chip("tpu7x", 1, 64 * MIB, 256, 4 * 256 * 256, 2.2e9, 3690e9, True, True, 2000, 128, 300),
+        Chip("v5e", 1, 128 * MIB, 128, 4 * 128 * 128, 1.5e9, 819e9, False, False, 700, 48, 512, 190),
+        Chip("v5p", 2, 64 * MIB, 128, 4 * 128 * 128, 1.75e9, 2765e9, False, False, 700, 48, 512, 190),
+        Chip("v6e", 1, 128 * MIB, 256, 4 * 256 * 256, 1.75e9, 1640e9, False, True, 1140, 128, 512, 290),
+        Chip("tpu7x", 1, 64 * MIB, 256, 4 * 256 * 256, 2.2e9, 3690e9, True, True, 2000, 128, 1536, 300),
     )
 }
 

@@ -116,7 +116,7 @@ Static = tuple[jnp.dtype, Chip, Interpret]
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _grouped_matmul(static: Static, lhs_MK: jax.Array, rhs_GKN: jax.Array, sizes_G: jax.Array, offset: jax.Array) -> jax.Array:
-    return _product(static, lhs_MK, rhs_GKN, sizes_G, offset, transposed=False)
+    return product(static, lhs_MK, rhs_GKN, sizes_G, offset)
 
 
 def _forward(static: Static, *operands: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
@@ -124,22 +124,32 @@ def _forward(static: Static, *operands: jax.Array) -> tuple[jax.Array, tuple[jax
 
 
 def _backward(static: Static, operands: tuple[jax.Array, ...], grad_MN: jax.Array) -> tuple[Any, ...]:
-    _, chip, interpret = static
     lhs_MK, rhs_GKN, sizes_G, offset = operands
-    grad_MN = grad_MN.astype(lhs_MK.dtype)
-    grad_lhs_MK = _product((lhs_MK.dtype, chip, interpret), grad_MN, rhs_GKN, sizes_G, offset, transposed=True)
-    (num_rows, depth), columns, itemsize = lhs_MK.shape, grad_MN.shape[1], lhs_MK.dtype.itemsize
-    tiling = outer_tiling(chip, num_rows, depth, columns, sizes_G.size, itemsize, rhs_GKN.dtype.itemsize)
-    grad_rhs_GKN = grouped_outer(lhs_MK, grad_MN, sizes_G, dtype=rhs_GKN.dtype, tiling=tiling, interpret=interpret)
-    if rhs_GKN.shape[0] > sizes_G.size:
-        grad_rhs_GKN = jax.lax.dynamic_update_slice_in_dim(jnp.zeros_like(rhs_GKN), grad_rhs_GKN, offset, axis=0)
-    return grad_lhs_MK, grad_rhs_GKN, None, None
+    return (*gradients(static, lhs_MK, rhs_GKN, sizes_G, offset, grad_MN), None, None)
 
 
 _grouped_matmul.defvjp(_forward, _backward)
 
 
-def _product(static: Static, lhs: jax.Array, rhs: jax.Array, sizes_G: jax.Array, offset: jax.Array, *, transposed: bool) -> jax.Array:
+def gradients(
+    static: Static, lhs_MK: jax.Array, rhs_GKN: jax.Array, sizes_G: jax.Array, offset: jax.Array, grad_MN: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Of `lhs_MK` and `rhs_GKN`, from that of their product."""
+    _, chip, interpret = static
+    grad_MN = grad_MN.astype(lhs_MK.dtype)
+    grad_lhs_MK = product((lhs_MK.dtype, chip, interpret), grad_MN, rhs_GKN, sizes_G, offset, transposed=True)
+    (num_rows, depth), columns, itemsize = lhs_MK.shape, grad_MN.shape[1], lhs_MK.dtype.itemsize
+    tiling = outer_tiling(chip, num_rows, depth, columns, sizes_G.size, itemsize, rhs_GKN.dtype.itemsize)
+    grad_rhs_GKN = grouped_outer(lhs_MK, grad_MN, sizes_G, dtype=rhs_GKN.dtype, tiling=tiling, interpret=interpret)
+    if rhs_GKN.shape[0] > sizes_G.size:
+        grad_rhs_GKN = jax.lax.dynamic_update_slice_in_dim(jnp.zeros_like(rhs_GKN), grad_rhs_GKN, offset, axis=0)
+    return grad_lhs_MK, grad_rhs_GKN
+
+
+def product(
+    static: Static, lhs: jax.Array, rhs: jax.Array, sizes_G: jax.Array, offset: jax.Array, *, transposed: bool = False
+) -> jax.Array:
+    """Rows times the matrices of their groups, or times these transposed; not differentiable."""
     dtype, chip, interpret = static
     (num_rows, depth), columns = lhs.shape, rhs.shape[1 if transposed else 2]
     tiling = product_tiling(chip, num_rows, depth, columns, sizes_G.size, lhs.dtype.itemsize, dtype.itemsize, transposed=transposed)

@@ -25,7 +25,7 @@ class BlockCost:
       per_row: to stream a row past the stationary matrices.
       min_rows: a block of fewer rows costs as much, since loading a stationary matrix takes as long as streaming these.
       overhead: to fill and drain the matrix units, and for what a step does besides.
-      load, load_per_row: lower bound by loading the stationary matrices, if transposed.
+      load, load_per_row: lower bound by making the stationary matrices ready.
     """
 
     per_row: float

@@ -12,6 +12,7 @@ from typing import TypeVar
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import product_model
 from pallas_kernels.chips import MIB, Chip
 from pallas_kernels.grouped_outer import SLICE, OuterTiling
 from pallas_kernels.grouped_product import ProductTiling
@@ -26,12 +27,24 @@ TABLE: dict[tuple[str, str, int, int, int, int, int], ProductTiling | OuterTilin
 # Sets of block sizes that cover any number of rows with little waste, fewest code first; by depth of the matrix units. Found by
 # search over random groups of 100 to 2,000 rows.
 PRODUCT_BLOCKS = {
-    128: ((48, 80, 128), (48, 80, 256), (48, 64, 96, 176, 320), (48, 96, 112, 144, 256, 320, 448)),
-    256: ((128, 176, 288), (128, 144, 176, 288, 352, 384), (144, 176, 240, 288, 352, 384, 512, 640)),
+    128: ((48, 80, 128), (48, 64, 96, 176, 320), (48, 80, 112, 176, 208, 288), (48, 96, 112, 144, 256, 320, 448)),
+    256: (
+        (128, 176, 288),
+        (160, 176, 240, 288),
+        (160, 208, 240, 288, 352),
+        (144, 160, 192, 256, 384, 464),
+        (128, 176, 208, 240, 304, 320, 416, 576),
+    ),
 }
 TRANSPOSED_BLOCKS = {
-    128: ((64, 80, 128), (64, 80, 208, 256), (64, 96, 144, 256, 320, 448)),
-    256: ((256, 352), (256, 288, 352, 416, 464), (256, 288, 304, 352, 384, 432, 496, 640)),
+    128: ((64, 80, 128), (64, 80, 96, 176), (64, 80, 96, 144, 256), (64, 80, 96, 112, 240, 304), (80, 112, 128, 144, 176, 336, 416)),
+    256: (
+        (256, 352),
+        (256, 272, 304, 352),
+        (272, 304, 352, 400, 464),
+        (272, 288, 320, 368, 432, 496),
+        (256, 272, 288, 336, 368, 416, 448, 496),
+    ),
 }
 SCALED_BLOCKS = {
     128: ((96, 128, 160),),
@@ -40,9 +53,11 @@ SCALED_BLOCKS = {
 OUTER_UNITS = (2, 3, 4)  # most rows of a block, in units of what the matrix units contract at once
 OUTER_CODE = 1 << 16  # cycles of all its runs, each a bundle of code or less: some 4 MiB
 OUTER_STEP = 170  # cycles of a visit of a weight gradient besides filling and draining; read off compiled schedules
-STEP = 230  # cycles of a step besides its products; read off compiled schedules, as are the numbers below
+PRODUCT_STEP = 70  # the same of a block of rows in a forward product or an input gradient
+SCALED_STEP = 230  # and in a product with FP8 matrices
 TYPICAL_SIZES = (0.4, 0.6, 0.8, 1.0, 1.3, 1.7)  # of groups, in units of their mean
 RESERVED = 3 * MIB  # of vector memory: for what the compiler spills
+WEIGHT = 512  # bytes of a row's weight in `grouped_swiglu`
 
 
 Tiling = TypeVar("Tiling", ProductTiling, ScaledTiling)
@@ -53,45 +68,52 @@ class DoesNotFit(ValueError):
 
 
 def product_tiling(
-    chip: Chip, num_rows: int, depth: int, num_columns: int, num_groups: int, itemsize: int, out_itemsize: int, *, transposed: bool
+    chip: Chip,
+    num_rows: int,
+    depth: int,
+    num_columns: int,
+    num_groups: int,
+    itemsize: int,
+    out_itemsize: int,
+    *,
+    transposed: bool = False,
+    gated: bool = False,
 ) -> ProductTiling:
-    """Tiling of `grouped_product` of [num_rows, depth] with [num_groups, depth, num_columns].
+    """Tiling of `grouped_product` of [num_rows, depth] with [num_groups, depth, num_columns], or `gated` of `grouped_swiglu` whose
+    matrices have `num_columns` for the gate and as many for the up projection.
 
     Raises:
-      DoesNotFit: not even one chunk of a matrix and the smallest block of rows do.
+      DoesNotFit: not even one matrix and the smallest block of rows do.
     """
-    kernel = "transposed" if transposed else "product"
+    kernel = "swiglu" if gated else "transposed" if transposed else "product"
     key = (chip.name, kernel, num_rows, depth, num_columns, num_groups, itemsize)
     if key in TABLE:
         return TABLE[key]  # type: ignore[return-value]
-    return _product_tiling(chip, num_rows / num_groups, depth, num_columns, itemsize, out_itemsize, transposed)
+    return _product_tiling(chip, num_rows / num_groups, depth, num_columns, itemsize, out_itemsize, transposed, gated)
 
 
 @functools.cache
 def _product_tiling(
-    chip: Chip, group_rows: float, depth: int, num_columns: int, itemsize: int, out_itemsize: int, transposed: bool
+    chip: Chip, group_rows: float, depth: int, num_columns: int, itemsize: int, out_itemsize: int, transposed: bool, gated: bool
 ) -> ProductTiling:
-    hbm = (group_rows * (depth * itemsize + num_columns * out_itemsize) + depth * num_columns * itemsize) / chip.hbm
+    sizes_G, parts = _typical_sizes(group_rows), 2 if gated else 1
+    row_bytes = depth * itemsize + (WEIGHT if gated else 0)
     found: list[tuple[float, ProductTiling]] = []
-    for panels in _panels(chip, num_columns):
+    for panels in _panels(chip, num_columns)[:2]:
         panel = num_columns // panels
-        cost = _product_cost(chip, depth, panel, itemsize, transposed)
-        columns = _largest_divisor(panel, 512)
-        per_panel = panel // columns
+        matrix_bytes, result_bytes = parts * panel * depth * itemsize, panel * out_itemsize
+        cost = _product_cost(chip, depth, parts * panel, itemsize, transposed)
+        columns = parts * _largest_divisor(panel, chip.chunk // parts)
         for sizes in (TRANSPOSED_BLOCKS if transposed else PRODUCT_BLOCKS)[chip.depth]:
-            cycles, blocks = _group_cycles(sizes, cost, group_rows)
-            seconds = cycles * (panels // chip.cores) / chip.clock
-            # A group's matrix and rows are asked for at the same time, and its results get as long to leave, so that nothing waits for
-            # copies that are needed later. Matrices of two groups at least: else each group would wait for the last chunks of its own.
-            for ahead, results in itertools.product((1, 2, 3), (2, 3, 4, 6, 8)):
-                chunks, read_ahead = (ahead + 1) * per_panel, max(2, int(np.ceil(ahead * blocks)))
-                rows = (read_ahead + 1) * depth * itemsize + results * panel * out_itemsize
-                memory = chunks * columns * depth * itemsize + max(sizes) * rows + PACK * panel * out_itemsize + RESERVED
-                if memory <= chip.vmem:
-                    tiling = ProductTiling(sizes, columns, panels, chunks, read_ahead, results, cost, chip.vmem - MIB)
-                    found.append((_with_imbalance(seconds, hbm, min(ahead, results / blocks)), tiling))
-        if found:
-            return _least_code(found)
+            blocks = product_model.cut(sizes_G, sizes, cost)
+            for matrices, read_ahead, results in itertools.product((2, 3, 4, 1), (1, 2, 3, 4, 6), (2, 3, 4, 8)):
+                rings = matrices * matrix_bytes + max(sizes) * ((read_ahead + 1) * row_bytes + results * result_bytes)
+                if rings + RESERVED <= chip.vmem:
+                    tiling = ProductTiling(sizes, columns, panels, matrices, read_ahead, results, cost, chip.vmem - MIB)
+                    seconds = product_model.seconds(chip, tiling, blocks, row_bytes, result_bytes, matrix_bytes)
+                    found.append((seconds * (panels // chip.cores), tiling))
+    if found:
+        return _least_code(found)
     raise DoesNotFit(
         f"a grouped product with matrices [{depth}, {num_columns}] of {itemsize}-byte elements does not fit the {chip.vmem // MIB} MiB "
         f"of vector memory of {chip.name}; split the contraction or use a narrower dtype."
@@ -225,14 +247,15 @@ def _per_row(chip: Chip, depth: int, columns: int, itemsize: int) -> float:
 
 
 def _product_cost(chip: Chip, depth: int, panel: int, itemsize: int, transposed: bool) -> BlockCost:
-    per_row = _per_row(chip, depth, panel, itemsize)
-    overhead = chip.region_overhead + STEP
-    if not transposed:
-        return BlockCost(per_row, chip.min_rows, overhead)
-    if chip.depth == 128:
-        return BlockCost(per_row, chip.min_rows + 16, overhead)
-    # Stationary matrices that are transposed on their way take the transpose unit: read off schedules of 128 to 256 rows.
-    return BlockCost(per_row, chip.min_rows, overhead + 70, load=112 * per_row, load_per_row=0.59 * per_row)
+    # Transposed matrices load at half the speed where the matrix units are 256 deep.
+    min_rows = (chip.min_rows + 16 if chip.depth == 128 else 2 * chip.min_rows) if transposed else chip.min_rows
+    return BlockCost(_per_row(chip, depth, panel, itemsize), min_rows, chip.region_overhead + PRODUCT_STEP)
+
+
+def _typical_sizes(group_rows: float) -> np.ndarray:
+    """Rows of some groups, of which half have between 0.7 and 1.4 times the median."""
+    popularity = np.random.RandomState(0).lognormal(0, 0.5, 48)
+    return np.maximum(1, np.round(popularity / popularity.mean() * group_rows)).astype(int)
 
 
 def _scaled_cost(chip: Chip, depth: int, panel: int, transposed: bool) -> BlockCost:
@@ -241,7 +264,7 @@ def _scaled_cost(chip: Chip, depth: int, panel: int, transposed: bool) -> BlockC
     return BlockCost(
         _per_row(chip, depth, panel, 2),
         256 if turned else chip.min_rows,
-        chip.region_overhead + STEP,
+        chip.region_overhead + SCALED_STEP,
         load=depth * panel / chip.dequantized,
         load_per_row=depth / chip.dequantized,
     )

@@ -29,10 +29,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from interns1pro_jax import sharding
 from interns1pro_jax.config import TextConfig
-from interns1pro_jax.layers.mlp import swiglu
 from interns1pro_jax.layers.parameter import normal, parameter
 from interns1pro_jax.layers.router import Router, RouterStats, Routing
 from interns1pro_jax.ops.grouped_matmul import grouped_matmul
+from interns1pro_jax.ops.grouped_swiglu import grouped_swiglu
 from interns1pro_jax.ops.permutation import combine, destinations, dispatch, make_plan, permute_slots
 from interns1pro_jax.ops.varying import as_varying, varying_axes
 
@@ -128,9 +128,8 @@ def _local_mlp(x_BTD, routing: Routing, wi_LEDF, wo_LEFD, layer, *, ranks: int, 
     wi, wo = wi.reshape(-1, *wi.shape[2:]), wo.reshape(-1, *wo.shape[2:])
 
     rows_MD = dispatch(x_ND, plan)
-    hidden_MF = swiglu(grouped_matmul(rows_MD, wi, plan.group_sizes_G, group_offset=offset))
-    scaled_MF = hidden_MF * permute_slots(weights_NS, plan)[:, None].astype(hidden_MF.dtype)
-    out_ND = combine(grouped_matmul(scaled_MF, wo, plan.group_sizes_G, group_offset=offset), plan)
+    hidden_MF = grouped_swiglu(rows_MD, wi, permute_slots(weights_NS, plan), plan.group_sizes_G, group_offset=offset)
+    out_ND = combine(grouped_matmul(hidden_MF, wo, plan.group_sizes_G, group_offset=offset), plan)
     with jax.named_scope("token_reduce_scatter"):
         out_ND = jax.lax.psum_scatter(out_ND, "expert", tiled=True)
     return out_ND.reshape(b, t, d)

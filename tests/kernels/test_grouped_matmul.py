@@ -25,8 +25,8 @@ EMULATED = pltpu.InterpretParams(detect_races=True)
 COST = BlockCost(per_row=48.0, min_rows=16, overhead=100)
 LIMIT = 60 << 20
 # Tiles smaller than the matrices and than most groups.
-PRODUCT = ProductTiling((16, 48, 80), 128, 1, 6, 2, 2, COST, LIMIT)
-PANELS = ProductTiling((32, 64), 128, 2, 3, 3, 3, COST, LIMIT)
+PRODUCT = ProductTiling((16, 48, 80), 128, 1, 2, 2, 2, COST, LIMIT)
+PANELS = ProductTiling((32, 64), 128, 2, 1, 3, 3, COST, LIMIT)
 OUTER = OuterTiling(16, 5, 128, 1, 3, 2, 3, LIMIT)
 OUTER_PANELS = OuterTiling(32, 2, 128, 2, 2, 3, 0, LIMIT)
 

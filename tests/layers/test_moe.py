@@ -82,14 +82,17 @@ def test_rows_per_device_are_tokens_times_k_over_groups(mesh_sizes, monkeypatch)
     """What each device multiplies, whatever the routing: a static number of rows, all of them assigned to its experts."""
     assigned: list[int] = []
     shapes: set[int] = set()
-    original = moe.grouped_matmul
 
-    def counted(lhs, rhs, group_sizes, **options):
-        shapes.add(lhs.shape[0])
-        jax.debug.callback(lambda sizes: assigned.append(int(sizes.sum())), group_sizes)
-        return original(lhs, rhs, group_sizes, **options)
+    def counted(product):
+        def count(*operands, **options):
+            shapes.add(operands[0].shape[0])
+            jax.debug.callback(lambda sizes: assigned.append(int(sizes.sum())), operands[-1])
+            return product(*operands, **options)
 
-    monkeypatch.setattr(moe, "grouped_matmul", counted)
+        return count
+
+    for name in ("grouped_swiglu", "grouped_matmul"):
+        monkeypatch.setattr(moe, name, counted(getattr(moe, name)))
     with jax.set_mesh(make_mesh(**mesh_sizes)):
         ranks, devices = sharding.axis_size("expert"), 8
         rows = (8 * 6 * ranks // devices) * GROUPS // ranks  # tokens of an expert group's devices, times the groups of one

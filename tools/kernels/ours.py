@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 
@@ -60,57 +61,62 @@ def _call_outer(product: Product, tiling: OuterTiling, lhs, rhs, sizes):  # type
     return grouped_outer.grouped_outer(lhs, rhs, sizes, dtype=jnp.dtype(jnp.bfloat16), tiling=tiling)
 
 
-def _conditional(loop: Region) -> tuple[list[Region], list[Region]]:
-    """The loop's conditional regions without products, those before the products and those behind them."""
-    hot = [region for region in loop.children if region.total.matmuls]
-    rest = [region for region in loop.children if not region.total.matmuls]
-    return [region for region in rest if region.end <= hot[0].start], [region for region in rest if region.start >= hot[-1].end]
+@dataclasses.dataclass(frozen=True)
+class BlockBytes:
+    """Of a row that is read, of a row's result in a panel, and of a panel of a matrix."""
+
+    row: int
+    result: int
+    matrix: int
 
 
 def _product_program(product: Product, tiling: ProductTiling, chip: Chip, compilation: Compilation, sizes: np.ndarray) -> Program:
-    """A step per block of rows. The code in front of the products that starts transfers runs when a new group begins."""
+    panel = product.n // tiling.panels
+    return block_program(tiling, BlockBytes(product.k * _BYTES, panel * _BYTES, product.k * panel * _BYTES), chip, compilation, sizes)
+
+
+def block_program(tiling: ProductTiling, of: BlockBytes, chip: Chip, compilation: Compilation, sizes: np.ndarray) -> Program:
+    """A step per block of rows."""
     loop = grid_loop(compilation.main)
-    hot = [region for region in loop.children if region.total.matmuls]
+    hot = [region for region in loop.walk() if region.own.matmuls]
     if len(hot) != len(tiling.block_rows):
         raise ScheduleError(f"{len(hot)} stretches of products for {len(tiling.block_rows)} sizes of blocks:\n{loop.tree()}")
-    before, behind = _conditional(loop)
-    new_group = sum(region.total.cycles for region in before if region.total.transfers)
-    always = loop.own.cycles + sum(region.total.cycles for region in before + behind) - new_group
-
-    per_panel = tiling.panel_chunks(product.n)
-    panel = per_panel * tiling.columns
+    cycles = [_path_cycles(loop, region) for region in hot]
     cut = row_blocks.cut_rows(jnp.asarray(sizes, jnp.int32), int(sizes.sum()), tiling.block_rows, tiling.cost)
     num_blocks, num_groups = map(int, cut.counts)
     blocks = np.asarray(cut.blocks)[:, :num_blocks]
 
     def steps(part: int) -> Iterator[Step]:
-        def chunks(first: int, last: int) -> Iterator[Transfer]:
-            for chunk in range(first, min(last, num_groups * per_panel)):
-                yield ("chunk", part, chunk), product.k * tiling.columns * _BYTES
+        def matrix(group: int) -> Iterator[Transfer]:
+            if group < num_groups:
+                yield ("matrix", part, group), float(of.matrix)
 
         def rows(block: int) -> Iterator[Transfer]:
             if block < num_blocks:
-                yield ("rows", part, block), float(blocks[row_blocks.READ, block]) * product.k * _BYTES
+                yield ("rows", part, block), float(blocks[row_blocks.READ, block]) * of.row
 
         def result(block: int) -> Iterator[Transfer]:
             if block >= 0 and blocks[row_blocks.WRITE, block]:
-                yield ("result", part, block), float(blocks[row_blocks.WRITE, block]) * panel * _BYTES
+                yield ("result", part, block), float(blocks[row_blocks.WRITE, block]) * of.result
 
-        yield Step(
-            compilation.main.root.own.cycles,
-            issues=(*(read for block in range(tiling.read_ahead) for read in rows(block)), *chunks(0, tiling.chunks)),
-        )
+        first = [
+            transfer
+            for ahead in range(max(tiling.matrices, tiling.read_ahead + 1))
+            for transfer in (
+                *(rows(ahead) if ahead <= tiling.read_ahead else ()),
+                *(matrix(ahead) if ahead < tiling.matrices else ()),
+            )
+        ]
+        yield Step(compilation.main.root.own.cycles, issues=tuple(first))
         for block in range(num_blocks):
-            group, size = blocks[row_blocks.GROUP, block], blocks[row_blocks.SIZE, block]
-            is_new = block == 0 or group != blocks[row_blocks.GROUP, block - 1]
-            first = group * per_panel
-            ahead = first + tiling.chunks
-            yield Step(issues=(*rows(block + tiling.read_ahead), *(chunks(ahead - per_panel, ahead) if is_new and block else ())))
+            group, size = int(blocks[row_blocks.GROUP, block]), blocks[row_blocks.SIZE, block]
             waits = [("rows", part, block), *(name for name, _ in result(block - tiling.results))]
-            waits += [("chunk", part, chunk) for chunk in range(first, first + per_panel)] if is_new else []
-            cycles = always + hot[size].total.cycles + (new_group if is_new else 0)
-            flops = 2.0 * tiling.block_rows[size] * product.k * panel
-            yield Step(cycles, tuple(waits), (), tuple(result(block)), flops)
+            if block == 0 or group != blocks[row_blocks.GROUP, block - 1]:
+                waits.append(("matrix", part, group))
+            is_last = block + 1 == num_blocks or group != blocks[row_blocks.GROUP, block + 1]
+            starts = (*rows(block + tiling.read_ahead + 1), *result(block), *(matrix(group + tiling.matrices) if is_last else ()))
+            flops = 2.0 * tiling.block_rows[size] * of.matrix / _BYTES
+            yield Step(cycles[size], tuple(waits), (), starts, flops)
 
     return _on_cores(chip, tiling.panels, steps)
 

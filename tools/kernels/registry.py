@@ -8,10 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tools.kernels import fp8, ours, peers, plain, routing
+from tools.kernels import fp8, ours, peers, plain, routing, swiglu
 from tools.kernels.cases import Case
 
 OURS = "this project"
 GROUPED: dict[str, peers.Contender] = {OURS: ours.grouped_matmul, **peers.installed()}
 FP8: dict[str, peers.Contender] = {"this project, FP8": fp8.grouped_matmul_fp8}
-OTHERS: dict[str, Callable[[], list[Case]]] = {"plain": plain.cases, "routing": routing.cases, "fp8_sums": fp8.scaled_sums}
+OTHERS: dict[str, Callable[[], list[Case]]] = {
+    "plain": plain.cases,
+    "routing": routing.cases,
+    "fp8_sums": fp8.scaled_sums,
+    "swiglu": swiglu.cases,
+}

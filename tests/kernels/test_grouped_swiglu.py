@@ -1,0 +1,131 @@
+"""The fused gate and up projection equals its definition, in the emulator of `test_grouped_matmul`; and stands where it should."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import grouped_swiglu as module
+from pallas_kernels.chips import CHIPS
+from pallas_kernels.grouped_matmul import grouped_matmul_reference
+from pallas_kernels.grouped_product import ProductTiling
+from pallas_kernels.grouped_product import grouped_swiglu as kernel
+from pallas_kernels.grouped_swiglu import grouped_swiglu, weighted_swiglu
+from tests.kernels.test_grouped_matmul import COST, EMULATED, LIMIT, SIZES, no_races
+
+M, K, F = 320, 128, 256
+ONE_PANEL = ProductTiling((16, 48, 80), 256, 1, 2, 2, 2, COST, LIMIT)
+PANELS = ProductTiling((32, 64), 256, 2, 1, 3, 3, COST, LIMIT)
+
+
+@functools.cache
+def operands(dtype, rows: int = M, groups: int = 7):
+    keys = jax.random.split(jax.random.key(0), 4)
+    lhs, rhs = jax.random.normal(keys[0], (rows, K), dtype), jax.random.normal(keys[1], (groups, K, 2 * F), dtype) / 8
+    return lhs, rhs, jax.random.uniform(keys[2], (rows,), jnp.float32), jax.random.normal(keys[3], (rows, F), dtype)
+
+
+def reference(lhs, rhs, weights, sizes, **options):
+    return weighted_swiglu(grouped_matmul_reference(lhs, rhs, sizes, **options), weights)
+
+
+@functools.partial(jax.jit, static_argnames="tiling")
+def fused(lhs, rhs, weights, sizes, tiling):
+    return kernel(lhs, rhs, weights, sizes, jnp.int32(0), dtype=jnp.dtype(jnp.float32), tiling=tiling, interpret=EMULATED)
+
+
+@pytest.mark.parametrize("name", ["uneven", "all rows in one group", "groups within a pack", "empty at both ends", "starts at 3"])
+@pytest.mark.parametrize("tiling", [ONE_PANEL, PANELS], ids=["one panel", "panels"])
+def test_kernel_equals_reference(tiling, name):
+    lhs, rhs, weights, _ = operands(jnp.bfloat16)
+    sizes = jnp.asarray(SIZES[name], jnp.int32)
+    wanted = reference(lhs, rhs, weights, sizes, preferred_element_type=jnp.float32)
+    np.testing.assert_allclose(fused(lhs, rhs, weights, sizes, tiling), wanted, rtol=1e-4, atol=1e-4)
+    assert no_races()
+
+
+def test_random_sizes_of_many_groups():
+    rng = np.random.default_rng(0)
+    lhs, rhs, weights, _ = operands(jnp.bfloat16, rows=403, groups=64)
+    sizes = jnp.asarray(rng.multinomial(403, rng.dirichlet(np.full(64, 0.3))), jnp.int32)
+    wanted = reference(lhs, rhs, weights, sizes, preferred_element_type=jnp.float32)
+    np.testing.assert_allclose(fused(lhs, rhs, weights, sizes, ONE_PANEL), wanted, rtol=1e-4, atol=1e-4)
+    assert no_races()
+
+
+def test_what_is_no_number_stays_in_its_group():
+    lhs, rhs, weights, _ = operands(jnp.float32)
+    sizes = jnp.asarray([37, 3, 60, 0, 100, 20, 100], jnp.int32)
+    bad = slice(100, 200)  # group 4, whose packs the neighbours share
+    out = np.asarray(fused(lhs.at[bad].set(jnp.nan), rhs, weights, sizes, ONE_PANEL))
+    assert np.isnan(out[bad]).all() and np.isfinite(np.delete(out, np.r_[bad], 0)).all()
+
+
+@pytest.mark.parametrize(
+    "chip, dtype", [("v5p", jnp.bfloat16), ("v6e", jnp.float32), ("tpu7x", jnp.bfloat16)], ids=["v5p", "v6e float32", "tpu7x"]
+)
+def test_value_and_gradients_with_the_tiles_of_a_chip(chip, dtype, monkeypatch):
+    monkeypatch.setattr(module._grouped_swiglu, "optimize_remat", False)  # it refuses the emulator's callbacks
+    lhs, rhs, weights, grad = operands(dtype)
+    sizes = jnp.asarray(SIZES["uneven"], jnp.int32)
+    run = functools.partial(grouped_swiglu, chip=CHIPS[chip], interpret=pltpu.InterpretParams())
+    tolerance = {"rtol": 3e-2, "atol": 0.1} if dtype == jnp.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
+    out = run(lhs, rhs, weights, sizes)  # nothing is kept: the fused kernel
+    wanted, reference_pullback = jax.vjp(lambda *args: reference(*args, sizes), lhs, rhs, weights)
+    kept, pullback = jax.vjp(lambda *args: run(*args, sizes), lhs, rhs, weights)
+    for got, expected in zip((out, kept, *pullback(grad)), (wanted, wanted, *reference_pullback(grad)), strict=True):
+        assert got.dtype == expected.dtype
+        np.testing.assert_allclose(got.astype(jnp.float32), expected.astype(jnp.float32), **tolerance)
+
+
+def test_part_of_a_stack_is_read_in_place():
+    lhs, rhs, weights, _ = operands(jnp.float32)
+    sizes = jnp.asarray([200, 0, 120], jnp.int32)
+    out = grouped_swiglu(lhs, rhs, weights, sizes, group_offset=2, chip=CHIPS["v6e"], interpret=pltpu.InterpretParams())
+    np.testing.assert_allclose(out, reference(lhs, rhs, weights, sizes, group_offset=2), rtol=1e-4, atol=1e-4)
+
+
+def kernels(function, *args) -> dict[str, int]:
+    """How often each kernel occurs in the program for a TPU."""
+    text = jax.jit(function).trace(*args).lower(lowering_platforms=("tpu",)).as_text()
+    names = ("grouped_swiglu", "grouped_product", "grouped_product_transposed", "grouped_outer")
+    return {name: text.count(f'kernel_name = "{name}"') for name in names}
+
+
+def test_is_fused_where_nothing_is_kept():
+    lhs, rhs, weights, _ = operands(jnp.bfloat16)
+    sizes = jnp.asarray(SIZES["uneven"], jnp.int32)
+
+    def loss(lhs, rhs, weights):
+        return grouped_swiglu(lhs, rhs, weights, sizes, chip=CHIPS["v6e"]).astype(jnp.float32).sum()
+
+    gradients = {"grouped_product_transposed": 1, "grouped_outer": 1}
+    assert kernels(loss, lhs, rhs, weights) == {"grouped_swiglu": 1, "grouped_product": 0} | dict.fromkeys(gradients, 0)
+    kept = jax.value_and_grad(loss, argnums=(0, 1, 2))
+    assert kernels(kept, lhs, rhs, weights) == {"grouped_swiglu": 0, "grouped_product": 1} | gradients
+    recomputed = jax.value_and_grad(jax.checkpoint(loss), argnums=(0, 1, 2))
+    assert kernels(recomputed, lhs, rhs, weights) == {"grouped_swiglu": 1, "grouped_product": 1} | gradients
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (dict(rhs=jnp.zeros((2, 128, 384))), ValueError, "two halves of a multiple of 128 columns each, got 384"),
+        (dict(weights=jnp.zeros((7,))), ValueError, r"one weight for each of 8 rows, got shape \(7,\)"),
+        (dict(weights=jnp.zeros((8, 1))), ValueError, r"one weight for each of 8 rows, got shape \(8, 1\)"),
+        (dict(weights=jnp.zeros((8,), jnp.int32)), TypeError, "must be floating-point numbers, got int32"),
+        (dict(sizes=jnp.array([4, 5])), ValueError, "must be rows that sum to M = 8"),
+        (dict(chip=None), ValueError, "the current device is not a TPU"),
+    ],
+)
+def test_misuse_is_an_error_while_tracing(change, error, message):
+    arguments = dict(
+        lhs=jnp.zeros((8, 128)), rhs=jnp.zeros((2, 128, 256)), weights=jnp.zeros(8), sizes=jnp.array([4, 4]), chip=CHIPS["v5p"]
+    )
+    arguments |= change
+    chip = arguments.pop("chip")
+    with pytest.raises(error, match=message):
+        grouped_swiglu(*arguments.values(), chip=chip)
