@@ -50,7 +50,7 @@ SCALED_BLOCKS = {
     128: ((96, 128, 160),),
     256: ((128, 160, 224), (160, 256, 320)),
 }
-OUTER_UNITS = (2, 3, 4)  # most rows of a block, in units of what the matrix units contract at once
+OUTER_UNITS = (2, 3, 4, 5, 6)  # most rows of a block, in units of what the matrix units contract at once
 OUTER_CODE = 1 << 16  # cycles of all its runs, each a bundle of code or less: some 4 MiB
 OUTER_STEP = 170  # cycles of a visit of a weight gradient besides filling and draining; read off compiled schedules
 PRODUCT_STEP = 70  # the same of a block of rows in a forward product or an input gradient
@@ -142,16 +142,17 @@ def _outer_tiling(chip: Chip, group_rows: float, depth: int, num_columns: int, i
         cost = BlockCost(_per_row(chip, depth, columns, itemsize), 0, chip.region_overhead + OUTER_STEP)
         for units, slots, results in itertools.product(OUTER_UNITS, (2, 3, 4, 5, 6), (2, 3, 4, 6)):
             block, tiles = units * chip.depth, panel // columns
-            cycles, blocks = _outer_cycles(chip.depth, units, cost, group_rows)
+            cycles, blocks, again = _outer_cycles(chip.depth, units, cost, group_rows)
             rings = slots * (block + PACK) * (depth + columns) * itemsize + results * depth * columns * out_itemsize
             in_a_run = block * (columns + 3 * SLICE // 2) * itemsize  # right rows without strangers, left rows of a slice transposed
             if rings + depth * columns * 4 + in_a_run + RESERVED > chip.vmem:
                 continue
             adds_beside = 0 if chip.depth == 128 else 2
             tiling = OuterTiling(chip.depth, units, columns, panels, slots, results, adds_beside, chip.vmem - MIB)
-            # Waits matter only where compute and transfers are nearly alike; there more of them are for results than for rows.
-            shorter, longer = sorted((cycles * tiles * (panels // chip.cores) / chip.clock, hbm))
-            groups_ahead = min(slots - 1, results - 1) / (tiles * blocks)
+            # Waits, for rows or for results to leave, matter only where compute and transfers are nearly alike.
+            transfers = hbm + again * (tiles - 1) * depth * itemsize / chip.hbm
+            shorter, longer = sorted((cycles * tiles * (panels // chip.cores) / chip.clock, transfers))
+            groups_ahead = 1 / (1 / (slots - 1) + 1 / (results - 1)) / (tiles * blocks)
             code = sum(run.units for run in tiling.runs) * chip.depth * cost.per_row
             found.append((code, longer + 0.1 * shorter * (shorter / longer) ** 6 / groups_ahead, tiling))
     if not found:
@@ -165,11 +166,14 @@ def _outer_tiling(chip: Chip, group_rows: float, depth: int, num_columns: int, i
     return min((of for of in little if of[0] <= 1.005 * best), key=lambda of: (of[1].units, of[0], -of[1].slots))[1]
 
 
-def _outer_cycles(unit: int, units: int, cost: BlockCost, group_rows: float) -> tuple[float, float]:
-    """Modelled cycles of a tile and number of blocks of a group, the mean over groups of typical sizes."""
-    rows = unit * np.ceil(group_rows * np.array(TYPICAL_SIZES) / unit)
+def _outer_cycles(unit: int, units: int, cost: BlockCost, group_rows: float) -> tuple[float, float, float]:
+    """Modelled cycles of a tile, number of blocks of a group, and rows that are read again for every further tile, since their group has
+    several blocks; the mean over groups of typical sizes."""
+    sizes = group_rows * np.array(TYPICAL_SIZES)
+    rows = unit * np.ceil(sizes / unit)
     blocks = np.ceil(rows / (unit * units))
-    return float((cost.per_row * rows + cost.overhead * blocks).sum() / sum(TYPICAL_SIZES)), float(blocks.mean())
+    cycles, again = (cost.per_row * rows + cost.overhead * blocks).sum(), sizes[blocks > 1].sum()
+    return float(cycles / sum(TYPICAL_SIZES)), float(blocks.mean()), float(again / sum(TYPICAL_SIZES))
 
 
 def scaled_tiling(
