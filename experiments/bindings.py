@@ -16,6 +16,7 @@ from interns1pro_jax.data import corpus, image_processing, mixture, packing, pip
 from interns1pro_jax.infer import sampling
 from interns1pro_jax.optim import optimizer, schedule
 from interns1pro_jax.train.loop import LoopConfig
+from interns1pro_jax.train.step import StepConfig
 
 _DATACLASSES = (
     config.ModelConfig,
@@ -35,6 +36,7 @@ _DATACLASSES = (
     sampling.Sampling,
     optimizer.OptimizerConfig,
     LoopConfig,
+    StepConfig,
 )
 _FUNCTIONS = (schedule.warmup_stable_decay, schedule.constant, train)
 

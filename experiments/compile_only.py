@@ -21,7 +21,7 @@ from interns1pro_jax.sharding import MeshConfig
 from interns1pro_jax.train import aot
 from interns1pro_jax.train.feed import abstract_batch
 from interns1pro_jax.train.state import abstract_init
-from interns1pro_jax.train.step import make_train_step
+from interns1pro_jax.train.step import StepConfig, make_train_step
 from interns1pro_jax.train.step_picture import draw
 from interns1pro_jax.train.step_report import StepReport, make_report, markdown, shard_bytes
 
@@ -33,7 +33,7 @@ def compile_step(
     pipeline: PipelineConfig,
     optimizer: OptimizerConfig,
     schedule: optax.Schedule,
-    remat: str,
+    step: StepConfig,
     compiler_options: Mapping[str, str],
     title: str,
 ) -> tuple[StepReport, str]:
@@ -55,9 +55,9 @@ def compile_step(
                 f"parameters, gradients and optimizer alone need {needed / GIB:.1f} GiB of each of {target.size} devices, which have "
                 f"{hardware.hbm / GIB:.2f}; use more devices, or OptimizerConfig.moment_dtype='bfloat16'."
             )
-        step = make_train_step(graphdef, model.text, optim, remat=remat, compiler_options=compiler_options if mesh.topology else None)
+        step_fn = make_train_step(graphdef, model.text, optim, step, compiler_options=compiler_options if mesh.topology else None)
         start = time.perf_counter()
-        program = aot.compile_for(target, step, state, batch)
+        program = aot.compile_for(target, step_fn, state, batch)
         report = make_report(
             program,
             target,

@@ -41,7 +41,7 @@ from interns1pro_jax.train.loop import train as train_loop
 from interns1pro_jax.train.metrics import Writer, replace
 from interns1pro_jax.train.report import OPERATIVE_CONFIG, CaptionLoss, HeldOut, ReportData, Sample, write_report
 from interns1pro_jax.train.state import TrainState, init_state
-from interns1pro_jax.train.step import make_eval_step, make_train_step
+from interns1pro_jax.train.step import StepConfig, make_eval_step, make_train_step
 
 
 def train(
@@ -53,7 +53,7 @@ def train(
     optimizer: OptimizerConfig,
     schedule: optax.Schedule,
     loop: LoopConfig,
-    remat: str = "full",
+    step: StepConfig,
     compiler_options: Mapping[str, str] = MappingProxyType({}),
     seed: int = 0,
     keep_checkpoints: int = 2,
@@ -82,7 +82,7 @@ def train(
             pipeline=corpus.pipeline,
             optimizer=optimizer,
             schedule=schedule,
-            remat=remat,
+            step=step,
             compiler_options=compiler_options,
             title=title,
         )
@@ -133,7 +133,7 @@ def train(
         with CheckpointManager(workdir / "checkpoints", identity, keep_last=keep_checkpoints) as checkpoints:
             state = train_loop(
                 state,
-                make_train_step(graphdef, model.text, optim, remat=remat, compiler_options=options),
+                make_train_step(graphdef, model.text, optim, step, compiler_options=options),
                 training,
                 loop,
                 workdir=workdir,
@@ -185,7 +185,7 @@ def run_identity(model: ModelConfig, corpus: Corpus, tokenizer: str, optimizer: 
     """What a run must have in common with the one whose checkpoint it continues: all that decides its batches and its state.
 
     The schedule may change: a run can be made longer, or its decay begun, from a checkpoint. The mixture may change from where it is on
-    (`BatchPlan.restore` sees to that). Mesh and rematerialisation change nothing but rounding.
+    (`BatchPlan.restore` sees to that). The mesh and how a step is computed change nothing but rounding.
     """
     return {
         "model": dataclasses.asdict(model),

@@ -89,17 +89,22 @@ class RouterConfig:
       temperature: tau of the straight-through softmax.
       balance_coef: weight of the load-balancing loss, which is 1 when balanced. The released format's `router_aux_loss_coef`
         weighs a loss that is `num_experts_per_tok` when balanced (spec 2.4), so it is smaller by that factor: 0.001 where absent.
+      balance_over: what the load-balancing loss takes an expert's share of: the tokens of the `batch` (of each microbatch where
+        gradients are accumulated, as in the authors' trainer), or of each `row`, which asks for more balance, but gives the same
+        gradient however the batch is split.
       z_coef: weight of the z-loss, mean of logsumexp(logits)^2.
     """
 
     straight_through: bool = True
     temperature: float = 1.0
     balance_coef: float = 1e-3
+    balance_over: str = "batch"
     z_coef: float = 0.0
 
     def __post_init__(self) -> None:
         check_fields(self)
         require(self.temperature > 0, f"RouterConfig.temperature={self.temperature} must be positive.")
+        require(self.balance_over in ("batch", "row"), f"RouterConfig.balance_over={self.balance_over!r} is unknown; use batch or row.")
         for name in ("balance_coef", "z_coef"):
             require(getattr(self, name) >= 0, f"RouterConfig.{name}={getattr(self, name)} must not be negative; zero switches it off.")
 

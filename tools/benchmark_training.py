@@ -16,6 +16,7 @@ import numpy as np
 from absl import app, flags
 
 from interns1pro_jax.config import ConfigError
+from interns1pro_jax.layers.decoder import REMAT
 from interns1pro_jax.models.inputs import Batch, ModelInputs
 from interns1pro_jax.models.interns1pro import create_model
 from interns1pro_jax.optim.optimizer import OptimizerConfig, make_optimizer
@@ -23,13 +24,13 @@ from interns1pro_jax.optim.schedule import constant
 from interns1pro_jax.sharding import make_mesh
 from interns1pro_jax.train.feed import place_batch
 from interns1pro_jax.train.state import init_state
-from interns1pro_jax.train.step import make_train_step
+from interns1pro_jax.train.step import StepConfig, make_train_step
 from tools import benchmark, benchmark_configs
 
 _CONFIG = flags.DEFINE_string("config", "bench-cpu", f"One of {', '.join(benchmark_configs.CONFIGS)}.")
 _DEVICES = flags.DEFINE_integer("devices", 1, "Emulated CPU devices, all on the mesh axis `expert`.", lower_bound=1)
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Dtype of activations and products.")
-_REMAT = flags.DEFINE_enum("remat", "none", ["none", "dots", "full"], "What the backward pass recomputes.")
+_REMAT = flags.DEFINE_enum("remat", "none", list(REMAT), "What the backward pass recomputes.")
 _REPETITIONS = flags.DEFINE_integer("repetitions", 5, "Steps that are timed.", lower_bound=1)
 
 
@@ -57,7 +58,7 @@ def run(bench: benchmark_configs.Benchmark) -> None:
         graphdef, state = init_state(create_model(config), optimizer)
         batch = place_batch(Batch(ModelInputs(*arrays), labels))
         start = time.perf_counter()
-        jitted: Any = make_train_step(graphdef, config.text, optimizer, remat=_REMAT.value)
+        jitted: Any = make_train_step(graphdef, config.text, optimizer, StepConfig(remat=_REMAT.value))
         step = jitted.lower(state, batch).compile()
         compile_seconds = time.perf_counter() - start
 

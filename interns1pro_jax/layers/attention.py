@@ -7,13 +7,14 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from interns1pro_jax import sharding
 from interns1pro_jax.config import TextConfig
 from interns1pro_jax.layers.parameter import normal, ones, parameter, zeros
 from interns1pro_jax.ops import projection
-from interns1pro_jax.ops.attention import dot_product_attention
+from interns1pro_jax.ops.attention import OPERANDS, dot_product_attention
 from interns1pro_jax.ops.fope import apply_rotary
 from interns1pro_jax.ops.norm import rms_norm
 
@@ -82,6 +83,7 @@ class Attention(nnx.Module):
         k = apply_rotary(k, context.cos, context.sin)
         # A reshape does not always show where its result lives: not with one token or one row.
         q, k, v = (sharding.constrain(a, "batch", "sequence", None, None) for a in (q, k, v))
+        q, k, v = (checkpoint_name(a, name) for a, name in zip((q, k, v), OPERANDS, strict=True))
         if cache is None:
             out = dot_product_attention(q, k, v, q_segment_ids=context.segment_ids, kv_segment_ids=context.kv_segment_ids, causal=True)
         else:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from interns1pro_jax.config import TextConfig
@@ -17,14 +18,42 @@ from interns1pro_jax.layers.mlp import Mlp
 from interns1pro_jax.layers.moe import ExpertStack, Moe
 from interns1pro_jax.layers.parameter import ones, parameter
 from interns1pro_jax.layers.router import RouterStats
+from interns1pro_jax.ops.attention import OPERANDS, OUTPUT
 from interns1pro_jax.ops.context import reading_order
 from interns1pro_jax.ops.norm import rms_norm
 
-# What the backward pass keeps of a block, by name. "full" keeps only the block's input and recomputes the rest.
+# Names of values inside a block, besides those of `ops.attention`.
+_INPUT = "block_input"
+
+
+def _full(body: Callable) -> Callable:
+    return jax.checkpoint(body, prevent_cse=False)  # the scan around it already prevents it
+
+
+def _keeping(*names: str, offloaded: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
+    """Recomputes all but the values of these names; those `offloaded` wait in the host's memory."""
+    policies = jax.checkpoint_policies
+    if offloaded:
+        policy = policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=list(names),
+            names_which_can_be_offloaded=list(offloaded),
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+    else:
+        policy = policies.save_only_these_names(*names)
+    return lambda body: jax.checkpoint(body, policy=policy, prevent_cse=False)
+
+
+# What the backward pass keeps of a block, by name; docs/architecture.md has the table with what each costs.
 REMAT: dict[str, Callable[[Callable], Callable]] = {
     "none": lambda body: body,
-    "full": lambda body: jax.checkpoint(body, prevent_cse=False),  # the scan around it already prevents it
+    "full": _full,  # keeps the block's input
+    "attention": _keeping(OUTPUT),
+    "attention_operands": _keeping(OUTPUT, *OPERANDS),
     "dots": lambda body: jax.checkpoint(body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable, prevent_cse=False),
+    "offload": _keeping(offloaded=(_INPUT,)),
+    "offload_attention": _keeping(offloaded=(_INPUT, OUTPUT)),
 }
 
 
@@ -76,15 +105,22 @@ class DecoderBlock(nnx.Module):
         cache: LayerCache | None = None,
         experts: ExpertStack | None = None,
         trace: bool = False,
+        moe_chunks: int = 1,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None, BlockOutput]:
         eps = self.config.rms_norm_eps
+        x_BTD = checkpoint_name(x_BTD, _INPUT)
         attention, cache = self.attention(rms_norm(x_BTD, self.attention_norm_D[...], eps), context, cache)
         x_BTD = x_BTD + attention
         h = rms_norm(x_BTD, self.mlp_norm_D[...], eps)
         out = BlockOutput()
         if hasattr(self, "moe"):
             mlp, routing, stats, logits = self.moe(
-                h, valid_BT=context.segment_ids > 0, replay_BTGC=inputs.replay_BTGC, probe=inputs.probe, experts=experts
+                h,
+                valid_BT=context.segment_ids > 0,
+                replay_BTGC=inputs.replay_BTGC,
+                probe=inputs.probe,
+                experts=experts,
+                chunks=moe_chunks,
             )
             out = BlockOutput(ids_BTGC=routing.ids_BTGC, stats=stats)
             if trace:
@@ -114,13 +150,15 @@ def run_blocks(
     inputs: LayerInputs,
     *,
     remat: str = "none",
+    moe_chunks: int = 1,
     trace: bool = False,
 ) -> tuple[Float[Array, "B T D"], BlockOutput]:
-    """Applies stacked blocks one after the other; outputs are stacked over layers. `remat` names an entry of `REMAT`."""
+    """Applies stacked blocks one after the other; outputs are stacked over layers. `remat` names an entry of `REMAT`; `moe_chunks` as in
+    `layers.moe.expert_parallel_mlp`."""
     graph, params = nnx.split(blocks)
 
     def body(x: jax.Array, layer: tuple[Any, LayerInputs]) -> tuple[jax.Array, BlockOutput]:
-        x, _, out = nnx.merge(graph, layer[0])(x, context, layer[1], trace=trace)
+        x, _, out = nnx.merge(graph, layer[0])(x, context, layer[1], trace=trace, moe_chunks=moe_chunks)
         return x, out
 
     return jax.lax.scan(REMAT[remat](body), x_BTD, (params, inputs))

@@ -28,13 +28,14 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from interns1pro_jax import sharding
-from interns1pro_jax.config import TextConfig
+from interns1pro_jax.config import ConfigError, TextConfig
 from interns1pro_jax.layers.parameter import normal, parameter
 from interns1pro_jax.layers.router import Router, RouterStats, Routing
 from interns1pro_jax.ops.grouped_matmul import grouped_matmul
 from interns1pro_jax.ops.grouped_swiglu import grouped_swiglu
 from interns1pro_jax.ops.permutation import combine, destinations, dispatch, make_plan, permute_slots
 from interns1pro_jax.ops.varying import as_varying, varying_axes
+from pallas_kernels.routing_reference import CHUNK
 
 
 @jax.tree_util.register_dataclass
@@ -66,24 +67,38 @@ class Moe(nnx.Module):
         replay_BTGC: Int[Array, "B T G C"] | None = None,
         probe: Float[Array, ""] | None = None,
         experts: ExpertStack | None = None,
+        chunks: int = 1,
     ) -> tuple[Float[Array, "B T D"], Routing, RouterStats, Float[Array, "B T E"]]:
         """Returns the layer's output, and the router's routing, statistics and logits. Arguments as in `Router`; `experts`
-        replaces the layer's own weights by a stack of which one layer is used."""
+        replaces the layer's own weights by a stack of which one layer is used, `chunks` as in `expert_parallel_mlp`."""
         routing, stats, logits = self.router(x_BTD, valid_BT=valid_BT, replay_BTGC=replay_BTGC, probe=probe)
         if experts is None:
             experts = ExpertStack(self.wi_EDF[...][None], self.wo_EFD[...][None], jnp.int32(0))
-        return expert_parallel_mlp(x_BTD, routing, experts), routing, stats, logits
+        return expert_parallel_mlp(x_BTD, routing, experts, chunks), routing, stats, logits
 
 
-def expert_parallel_mlp(x_BTD: Float[Array, "B T D"], routing: Routing, experts: ExpertStack) -> Float[Array, "B T D"]:
+def expert_parallel_mlp(x_BTD: Float[Array, "B T D"], routing: Routing, experts: ExpertStack, chunks: int = 1) -> Float[Array, "B T D"]:
     """Sum over each token's experts of `weight * down(silu(gate x) * up x)`, computed where the experts are.
 
     Batch over (data, fsdp, expert), sequence over context; experts over (expert, fsdp). The weight is applied before the down
     projection, so that the backward does not need that projection's output.
+
+    With `chunks` > 1 each device's tokens go through in so many equal parts, one after the other, and the backward recomputes each part
+    from its tokens: rows, hidden values and gathered tokens then take memory for one part only (gathered weights serve all).
+
+    Raises:
+      ConfigError: a device's tokens do not divide into chunks of whole routing chunks.
     """
+    tokens = x_BTD.shape[0] * x_BTD.shape[1] // sharding.shards("batch") // sharding.shards("sequence")
+    if chunks > 1 and tokens % (chunks * CHUNK):
+        raise ConfigError(
+            f"moe_chunks={chunks}: the {tokens} tokens of a device ({x_BTD.shape[0]} rows of {x_BTD.shape[1]} on "
+            f"{sharding.shards('batch')} x {sharding.shards('sequence')} devices) do not divide into {chunks} multiples of {CHUNK}; choose "
+            "another number of chunks."
+        )
     batch, sequence = sharding.RULES["batch"], sharding.RULES["sequence"]
     return jax.shard_map(
-        partial(_local_mlp, ranks=sharding.axis_size("expert"), gathers=sharding.axis_size("fsdp") > 1),
+        partial(_local_mlp, ranks=sharding.axis_size("expert"), gathers=sharding.axis_size("fsdp") > 1, chunks=chunks),
         in_specs=(
             PartitionSpec(batch, sequence, None),
             Routing.specs(),
@@ -95,25 +110,10 @@ def expert_parallel_mlp(x_BTD: Float[Array, "B T D"], routing: Routing, experts:
     )(x_BTD, routing, experts.wi_LEDF, experts.wo_LEFD, experts.layer)
 
 
-def _local_mlp(x_BTD, routing: Routing, wi_LEDF, wo_LEFD, layer, *, ranks: int, gathers: bool):
+def _local_mlp(x_BTD, routing: Routing, wi_LEDF, wo_LEFD, layer, *, ranks: int, gathers: bool, chunks: int):
     """One device's part; arguments are its shards."""
     b, t, d = x_BTD.shape
-    groups, chosen = routing.ids_BTGC.shape[-2:]
-    own_slots, own_experts = groups // ranks * chosen, wi_LEDF.shape[1]
-    ids_TGC, ranks_TGC, weights_TGC = (
-        x.reshape(b * t, groups, chosen) for x in (routing.ids_BTGC, routing.ranks_BTGC, routing.weights_BTGC)
-    )
-    with jax.named_scope("token_all_gather"):
-        x_ND = jax.lax.all_gather(x_BTD.reshape(b * t, d), "expert", tiled=True)
-    with jax.named_scope("routing_all_gather"):
-        sizes_RE = jax.lax.all_gather(routing.counts_NE.sum(0), "expert")
-    rank = jax.lax.axis_index("expert")
-    dest_TGC = destinations(ids_TGC, ranks_TGC, routing.counts_NE, sizes_RE, rank)
-    with jax.named_scope("routing_all_to_all"):
-        exchange = partial(jax.lax.all_to_all, axis_name="expert", split_axis=1, concat_axis=0, tiled=True)
-        dest_NS, weights_NS = (exchange(x).reshape(-1, own_slots) for x in (dest_TGC, weights_TGC))
-    plan = make_plan(dest_NS, jax.lax.dynamic_slice_in_dim(sizes_RE.sum(0), rank * own_experts, own_experts))
-
+    own_experts = wi_LEDF.shape[1]
     offset = layer * own_experts
     if wi_LEDF.shape[0] == 1 or gathers:
         wi_LEDF = jax.lax.dynamic_slice_in_dim(wi_LEDF, layer, 1) if wi_LEDF.shape[0] > 1 else wi_LEDF
@@ -127,9 +127,33 @@ def _local_mlp(x_BTD, routing: Routing, wi_LEDF, wo_LEFD, layer, *, ranks: int, 
         wo = jax.lax.all_gather(wo, "fsdp", axis=3, tiled=True)
     wi, wo = wi.reshape(-1, *wi.shape[2:]), wo.reshape(-1, *wo.shape[2:])
 
+    mlp = partial(_chunk_mlp, wi=wi, wo=wo, ranks=ranks, own_experts=own_experts, offset=offset)
+    per_token = (x.reshape(b * t, *x.shape[2:]) for x in (x_BTD, routing.ids_BTGC, routing.ranks_BTGC, routing.weights_BTGC))
+    tokens = *per_token, routing.counts_NE
+    if chunks == 1:
+        return mlp(tokens).reshape(b, t, d)
+    parts = jax.tree.map(lambda x: x.reshape(chunks, -1, *x.shape[1:]), tokens)
+    return jax.lax.map(jax.checkpoint(mlp, prevent_cse=False), parts).reshape(b, t, d)
+
+
+def _chunk_mlp(tokens, *, wi, wo, ranks: int, own_experts: int, offset):
+    """Some tokens of every device of the expert axis through the experts of this one, and back; `tokens` are this device's, with
+    their routing."""
+    x_TD, ids_TGC, ranks_TGC, weights_TGC, counts_NE = tokens
+    own_slots = ids_TGC.shape[1] // ranks * ids_TGC.shape[2]
+    with jax.named_scope("token_all_gather"):
+        x_ND = jax.lax.all_gather(x_TD, "expert", tiled=True)
+    with jax.named_scope("routing_all_gather"):
+        sizes_RE = jax.lax.all_gather(counts_NE.sum(0), "expert")
+    rank = jax.lax.axis_index("expert")
+    dest_TGC = destinations(ids_TGC, ranks_TGC, counts_NE, sizes_RE, rank)
+    with jax.named_scope("routing_all_to_all"):
+        exchange = partial(jax.lax.all_to_all, axis_name="expert", split_axis=1, concat_axis=0, tiled=True)
+        dest_NS, weights_NS = (exchange(x).reshape(-1, own_slots) for x in (dest_TGC, weights_TGC))
+    plan = make_plan(dest_NS, jax.lax.dynamic_slice_in_dim(sizes_RE.sum(0), rank * own_experts, own_experts))
+
     rows_MD = dispatch(x_ND, plan)
     hidden_MF = grouped_swiglu(rows_MD, wi, permute_slots(weights_NS, plan), plan.group_sizes_G, group_offset=offset)
     out_ND = combine(grouped_matmul(hidden_MF, wo, plan.group_sizes_G, group_offset=offset), plan)
     with jax.named_scope("token_reduce_scatter"):
-        out_ND = jax.lax.psum_scatter(out_ND, "expert", tiled=True)
-    return out_ND.reshape(b, t, d)
+        return jax.lax.psum_scatter(out_ND, "expert", tiled=True)

@@ -48,6 +48,7 @@ class InternS1Pro(nnx.Module):
         replay_LBTGC: Int[Array, "L B T G C"] | None = None,
         probe_L: Float[Array, " L"] | None = None,
         remat: str = "none",
+        moe_chunks: int = 1,
         trace: bool = False,
     ) -> TextOutput:
         """Runs towers and decoder; arguments as in `TextModel`. Check host-made inputs with `check_inputs` first: inside a
@@ -60,6 +61,7 @@ class InternS1Pro(nnx.Module):
             replay_LBTGC=replay_LBTGC,
             probe_L=probe_L,
             remat=remat,
+            moe_chunks=moe_chunks,
             trace=trace,
         )
 

@@ -60,7 +60,7 @@ class TextOutput:
     Attributes:
       hidden_BTD: output of the final norm; `TextModel.logits` turns it into logits.
       routing_LBTGC: in-group expert ids of every MoE layer, uint8 or wider as groups need; feed it back as `replay`.
-      stats: router statistics with a leading axis of MoE layers; None in a model without experts.
+      stats: router statistics of every MoE layer and row, with leading axes L and B; None in a model without experts.
       cache: the cache after this pass.
       trace: per run of layers, the intermediate values; None unless asked for.
     """
@@ -124,6 +124,7 @@ class TextModel(nnx.Module):
         replay_LBTGC: Int[Array, "L B T G C"] | None = None,
         probe_L: Float[Array, " L"] | None = None,
         remat: str = "none",
+        moe_chunks: int = 1,
         trace: bool = False,
     ) -> TextOutput:
         """Runs the decoder on embeddings. Rows are in reading order, before and after; inside, devices that share a row hold it in the
@@ -137,6 +138,7 @@ class TextModel(nnx.Module):
           probe_L: zeros, one for each MoE layer; their gradient is the squared straight-through gradient outside the chosen
             experts (`layers.router.observe_unselected`).
           remat: what the backward keeps of a block (`layers.decoder.REMAT`).
+          moe_chunks: parts in which a device's tokens go through the experts (`layers.moe.expert_parallel_mlp`).
           trace: also return the intermediate values of every block.
         """
         kv_segment_ids = sharding.constrain(segment_ids_BT, "batch", None)
@@ -167,7 +169,7 @@ class TextModel(nnx.Module):
                 inputs = LayerInputs(*(None if x is None else x[picked] for x in (replay_LBTGC, probe_L)))
                 moe_layers += count
             if cache is None:
-                x_BTD, out = run_blocks(self.runs[index], x_BTD, context, inputs, remat=remat, trace=trace)
+                x_BTD, out = run_blocks(self.runs[index], x_BTD, context, inputs, remat=remat, moe_chunks=moe_chunks, trace=trace)
             else:
                 x_BTD, (k, v), out = run_blocks_cached(
                     self.runs[index], x_BTD, context, inputs, cache.keys[index], cache.values[index], trace=trace
@@ -185,11 +187,10 @@ class TextModel(nnx.Module):
             hidden = jnp.where(length <= kv_segment_ids.shape[1], hidden, jnp.nan)
             cache = KVCache(tuple(keys), tuple(values), kv_segment_ids, length)
         id_dtype = jnp.uint8 if self.config.num_moe_layers == 0 or self.config.experts_per_group <= NOT_RECORDED else jnp.uint16
-        stats = _concatenate([o.stats for o in outputs if o.stats is not None])
         return TextOutput(
             hidden_BTD=hidden,
             routing_LBTGC=_concatenate([o.ids_BTGC.astype(id_dtype) for o in outputs if o.ids_BTGC is not None]),
-            stats=None if stats is None else stats.over_rows(1),
+            stats=_concatenate([o.stats for o in outputs if o.stats is not None]),
             cache=cache,
             trace=tuple(outputs) if trace else None,
         )

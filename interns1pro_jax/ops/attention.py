@@ -27,8 +27,9 @@ from interns1pro_jax.ops.layout import transposed_copy
 from pallas_kernels import attention as tpu
 from pallas_kernels.chips import current_chip
 
-# What the backward needs of the forward besides the operands has this name for rematerialisation policies.
+# Names for rematerialisation policies: what the backward needs of the forward, and the operands.
 OUTPUT = "attention_output"
+OPERANDS = ("query", "key", "value")
 
 _MASKED = float(jnp.finfo(jnp.float32).min)
 

@@ -31,6 +31,8 @@ class OptimizerConfig:
       decay_embeddings: decay lookup tables (token embeddings, learned positions) as well.
       clip_norm: largest global norm of the gradient; None does not clip.
       moment_dtype: storage of both moments; they are computed in float32.
+      stochastic_rounding: round new parameters of bfloat16 up or down at random, with their exact value as the mean, so that updates
+        smaller than the last bit are not lost. The random bits are those of the step and the parameter, on any mesh.
     """
 
     b1: float = 0.9
@@ -40,6 +42,7 @@ class OptimizerConfig:
     decay_embeddings: bool = False
     clip_norm: float | None = 1.0
     moment_dtype: str = "float32"
+    stochastic_rounding: bool = False
 
     def __post_init__(self) -> None:
         for name in ("b1", "b2"):
@@ -82,6 +85,7 @@ class Optimizer:
 
     transform: optax.GradientTransformation
     schedule: optax.Schedule
+    stochastic_rounding: bool = False
 
     def init(self, params: Any) -> optax.OptState:
         """State of the optimizer; moments have the sharding of their parameters."""
@@ -98,10 +102,25 @@ class Optimizer:
         grad_norm = optax.tree.norm(grads)
         learning_rate = jnp.asarray(self.schedule(step), jnp.float32)
         directions, new_opt_state = self.transform.update(grads, opt_state, params)
-        new_params = jax.tree.map(lambda p, d: (p.astype(jnp.float32) - learning_rate * d).astype(p.dtype), params, directions)
+        exact = jax.tree.map(lambda p, d: p.astype(jnp.float32) - learning_rate * d, params, directions)
+        if self.stochastic_rounding:
+            step_key = jax.random.fold_in(jax.random.key(0), step)
+            of_leaves = list(jax.random.split(step_key, len(jax.tree.leaves(params))))
+            keys = jax.tree.unflatten(jax.tree.structure(params), of_leaves)
+            new_params = jax.tree.map(lambda p, x, key: stochastic_round(x, key) if p.dtype == jnp.bfloat16 else x, params, exact, keys)
+        else:
+            new_params = jax.tree.map(lambda p, x: x.astype(p.dtype), params, exact)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         params, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (new_params, new_opt_state), (params, opt_state))
         return Update(params, opt_state, grad_norm, learning_rate, finite)
+
+
+def stochastic_round(x: jax.Array, key: jax.Array) -> jax.Array:
+    """float32 to bfloat16: one of the two neighbours of a finite value, the nearer one more often, so that the mean is the value."""
+    random = jax.random.bits(key, x.shape, jnp.uint16, out_sharding=jax.typeof(x).sharding.spec)
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + random.astype(jnp.uint32)  # carries into the upper half by chance
+    rounded = jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
+    return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
 
 
 def decay_mask(params: nnx.State, embeddings: bool = False) -> nnx.State:
@@ -143,4 +162,5 @@ def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> Optimiz
             optax.add_decayed_weights(config.weight_decay, mask=lambda params: decay_mask(params, config.decay_embeddings)),
         ),
         schedule,
+        config.stochastic_rounding,
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from interns1pro_jax.layers import moe
 from interns1pro_jax.layers.moe import ExpertStack, Moe, expert_parallel_mlp
 from interns1pro_jax.layers.router import route_tokens
 from interns1pro_jax.sharding import make_mesh
+from pallas_kernels.routing_reference import CHUNK
 from tests.tiny import text_config
 
 GROUPS, PER_GROUP, D, F = 8, 4, 32, 16
@@ -49,13 +51,13 @@ def routing_of(ids, w):
     return dataclasses.replace(routing, weights_BTGC=place(w, "batch", "sequence", None, None))
 
 
-@jax.jit
-def layer(x, ids, w, wi, wo):
+@partial(jax.jit, static_argnames="chunks")
+def layer(x, ids, w, wi, wo, chunks=1):
     routing = routing_of(ids, w)
     stack = ExpertStack(
         place(wi[None], None, "expert", "expert_embed", None), place(wo[None], None, "expert", None, "expert_embed"), jnp.int32(0)
     )
-    return expert_parallel_mlp(place(x, "batch", "sequence", None), routing, stack)
+    return expert_parallel_mlp(place(x, "batch", "sequence", None), routing, stack, chunks)
 
 
 def by_definition(x, ids, w, wi, wo):
@@ -172,6 +174,24 @@ def test_a_layer_of_a_stack_equals_the_layer_alone(mesh_sizes):
         routing = jax.jit(routing_of)(ids, w)
         x = place(x, "batch", "sequence", None)
         np.testing.assert_allclose(jax.jit(expert_parallel_mlp)(x, routing, stack), alone, atol=1e-5)
+
+
+def test_chunks_equal_the_whole_and_take_less_memory():
+    rows, length = 8, 4 * CHUNK
+    x = np.random.default_rng(1).normal(size=(rows, length, D)).astype(np.float32)
+    ids = np.random.default_rng(2).integers(0, PER_GROUP, (rows, length, GROUPS, 1))
+    w = np.random.default_rng(3).uniform(size=ids.shape).astype(np.float32)
+
+    def gradients(chunks):
+        objective = jax.value_and_grad(lambda x, w, wi, wo: (layer(x, ids, w, wi, wo, chunks) ** 2).sum(), (0, 1, 2, 3))
+        compiled = jax.jit(objective).lower(x, w, *weights()).compile()
+        return compiled(x, w, *weights()), compiled.memory_analysis().temp_size_in_bytes
+
+    with jax.set_mesh(make_mesh(fsdp=2, expert=4)):
+        (wanted, whole), (got, part) = gradients(1), gradients(4)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
+    assert part < whole / 2
 
 
 def test_expert_axis_must_divide_the_groups():

@@ -86,7 +86,7 @@ def test_replay_of_recorded_routing_changes_nothing_and_other_routing_does(model
     assert np.abs(other - logits).max() > 1e-3
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", ["full", "dots", "attention_operands", "offload_attention"])
 def test_rematerialisation_changes_no_gradient(model, remat):
     from flax import nnx
 
