@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from interns1pro_jax import sharding
@@ -33,11 +34,12 @@ class InternS1Pro(nnx.Module):
             if self.vision is None:
                 raise ConfigError("the batch has images or videos, but the model has no vision tower; set ModelConfig.vision.")
             mask = (inputs.tokens == self.config.image_token_id) | (inputs.tokens == self.config.video_token_id)
-            x_BTD = place(x_BTD, mask, self.vision(inputs.vision))
+            x_BTD = _filled(x_BTD, mask, self.vision, inputs.vision, inputs.vision.frame_ids)
         if inputs.time_series is not None:
             if self.time_series is None:
                 raise ConfigError("the batch has signals, but the model has no time-series tower; set ModelConfig.time_series.")
-            x_BTD = place(x_BTD, inputs.tokens == self.config.ts_token_id, self.time_series(inputs.time_series))
+            mask = inputs.tokens == self.config.ts_token_id
+            x_BTD = _filled(x_BTD, mask, self.time_series, inputs.time_series, inputs.time_series.pair_ids)
         return x_BTD
 
     def __call__(
@@ -77,6 +79,17 @@ def create_model(config: ModelConfig, seed: int = 0) -> InternS1Pro:
     return nnx.merge(graph, initial(jax.random.key(seed)))
 
 
+def _filled(x_BTD: Array, mask_BT: Array, tower: nnx.Module, inputs: Any, ids: Array) -> Array:
+    """`x_BTD` with the tower's embeddings at the marked positions. Where no pack of the batch has contents (`ids` are all 0), the tower and
+    its collectives are left out, on all devices alike: they see the same number."""
+    graph, state = nnx.split(tower)
+
+    def fill(state: nnx.State, inputs: Any, x_BTD: Array) -> Array:
+        return place(x_BTD, mask_BT, nnx.merge(graph, state)(inputs))
+
+    return jax.lax.cond(jnp.any(ids > 0), fill, lambda state, inputs, x_BTD: x_BTD, state, inputs, x_BTD)
+
+
 def place(x_BTD: Float[Array, "B T D"], mask_BT: Bool[Array, "B T"], embeddings_PnD: Float[Array, "P n D"]) -> Float[Array, "B T D"]:
     """Puts the n-th embedding of a pack at the n-th marked position of the pack's rows (rows p*B/P .. (p+1)*B/P-1).
 
@@ -87,19 +100,22 @@ def place(x_BTD: Float[Array, "B T D"], mask_BT: Bool[Array, "B T"], embeddings_
     if x_BTD.shape[0] % packs:
         raise ValueError(f"{packs} packs of media do not divide over {x_BTD.shape[0]} rows; give each pack the same number of rows.")
 
-    def local(x, mask, embeddings):
-        rank = jnp.cumsum(mask.reshape(embeddings.shape[0], -1), -1) - 1
-        found = jax.vmap(lambda e, i: e.at[i].get(mode="clip"))(embeddings.astype(x.dtype), rank)
-        return jnp.where(mask[..., None], found.reshape(x.shape), x)
+    def ranks(mask_BT: Array) -> Array:
+        counted = jnp.cumsum(mask_BT.reshape(packs // sharding.shards("batch"), -1), -1).reshape(mask_BT.shape)
+        return jnp.where(mask_BT, counted - 1, -1)
 
-    batch = sharding.RULES["batch"]
-    whole = jax.shard_map(
-        local,
-        in_specs=(PartitionSpec(batch, None, None), PartitionSpec(batch, None), PartitionSpec(batch, None, None)),
-        out_specs=PartitionSpec(batch, None, None),
+    def fill(x_BTD: Array, rank_BT: Array, embeddings_PnD: Array) -> Array:
+        by_pack = rank_BT.reshape(embeddings_PnD.shape[0], -1)
+        found = jax.vmap(lambda e, i: e.at[i].get(mode="clip"))(embeddings_PnD.astype(x_BTD.dtype), by_pack)
+        return jnp.where(rank_BT[..., None] >= 0, found.reshape(x_BTD.shape), x_BTD)
+
+    # Only the ranks need whole rows; embeddings go to every device that has a part of their rows.
+    rank_BT = jax.shard_map(ranks, out_specs=sharding.spec("batch", None))(sharding.constrain(mask_BT, "batch", None))
+    return jax.shard_map(fill, out_specs=sharding.spec("batch", "sequence", None))(
+        sharding.constrain(x_BTD, "batch", "sequence", None),
+        sharding.constrain(rank_BT, "batch", "sequence"),
+        sharding.constrain(embeddings_PnD, "batch", None, None),
     )
-    placed = whole(*(sharding.constrain(a, "batch", *(None,) * (a.ndim - 1)) for a in (x_BTD, mask_BT, embeddings_PnD)))
-    return sharding.constrain(placed, "batch", "sequence", None)
 
 
 def check_inputs(config: ModelConfig, inputs: ModelInputs) -> None:

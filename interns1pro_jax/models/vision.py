@@ -10,9 +10,11 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from interns1pro_jax.config import VisionConfig
+from interns1pro_jax import sharding
+from interns1pro_jax.config import ConfigError, VisionConfig
 from interns1pro_jax.layers.parameter import normal, ones, parameter, zeros
 from interns1pro_jax.models.inputs import VisionInputs
+from interns1pro_jax.ops import context
 from interns1pro_jax.ops.attention import dot_product_attention
 from interns1pro_jax.ops.fope import apply_rotary, inverse_frequencies
 from interns1pro_jax.ops.norm import layer_norm
@@ -50,7 +52,8 @@ class VisionTower(nnx.Module):
         """Encodes packs of patches.
 
         Args:
-          inputs: packs made by `models.vision_inputs`. The leading axis P may be sharded; the result keeps its sharding.
+          inputs: packs made by `models.vision_inputs`. The leading axis P may be sharded; the result keeps its sharding. Devices that share
+            rows (the mesh axis `context`) share the patches of their packs.
           trace: also return the intermediate activations, for comparison with a reference.
 
         Returns:
@@ -59,6 +62,7 @@ class VisionTower(nnx.Module):
           `rotary_sin` [P, I, H], `blocks` [depth, P, I, D] and `merger_norm` [P, I, D].
         """
         dtype = jnp.dtype(self.config.dtype)
+        whole_ids, inputs = inputs.frame_ids, _shared(inputs, self.config.spatial_merge_size**2)
         valid_PI = inputs.frame_ids > 0
         # Whatever lies in the padding, even NaN, must not reach a product: 0 * NaN would spoil sums over patches.
         patches_PIX = jnp.where(valid_PI[..., None], inputs.patches, 0).astype(dtype)
@@ -70,13 +74,13 @@ class VisionTower(nnx.Module):
         definition, stacked = nnx.split(self.blocks)
 
         def step(x_PID: Array, state: nnx.State) -> tuple[Array, Array | None]:
-            x_PID = nnx.merge(definition, state)(x_PID, cos_PIH, sin_PIH, inputs.frame_ids)
+            x_PID = nnx.merge(definition, state)(x_PID, cos_PIH, sin_PIH, inputs.frame_ids, whole_ids)
             return x_PID, x_PID if trace else None
 
         # The backward recomputes each block from its input, so that a pack costs depth * I * D values of memory, not depth * I * (5D + 2F).
         x_PID, blocks_LPID = jax.lax.scan(jax.checkpoint(step, prevent_cse=False), patch_embed_PID + pos_embed_PID, stacked)
         merged, merger_norm_PID = self.merger(x_PID)
-        embeddings = jnp.where(valid_PI[:, :: self.config.spatial_merge_size**2, None], merged, 0)
+        embeddings = _whole(jnp.where(valid_PI[:, :: self.config.spatial_merge_size**2, None], merged, 0))
         if not trace:
             return embeddings
         return embeddings, dict(
@@ -111,14 +115,16 @@ class VisionBlock(nnx.Module):
         cos_PIH: Float[Array, "P I H"],
         sin_PIH: Float[Array, "P I H"],
         frame_ids_PI: Int[Array, "P I"],
+        whole_ids_PI: Int[Array, "P I"],
     ) -> Float[Array, "P I D"]:
+        """`frame_ids_PI` are those of the patches in `x_PID`, `whole_ids_PI` those of whole packs, in reading order."""
         dtype = x_PID.dtype
         y_PID = layer_norm(x_PID, self.norm1_scale_D[...], self.norm1_bias_D[...], _NORM_EPS)
         qkv = jnp.einsum("PID,DCQH->CPIQH", y_PID, _weight(self.qkv_DCQH, dtype))
         q_PIQH, k_PIQH, v_PIQH = qkv + _weight(self.qkv_bias_CQH, dtype)[:, None, None]
         cos, sin = cos_PIH[:, :, None], sin_PIH[:, :, None]
         q_PIQH, k_PIQH = (apply_rotary(a.astype(jnp.float32), cos, sin).astype(dtype) for a in (q_PIQH, k_PIQH))
-        y_PIQH = dot_product_attention(q_PIQH, k_PIQH, v_PIQH, q_segment_ids=frame_ids_PI, kv_segment_ids=frame_ids_PI, causal=False)
+        y_PIQH = dot_product_attention(q_PIQH, k_PIQH, v_PIQH, q_segment_ids=frame_ids_PI, kv_segment_ids=whole_ids_PI, causal=False)
         x_PID += jnp.einsum("PIQH,QHD->PID", y_PIQH, _weight(self.proj_QHD, dtype)) + _weight(self.proj_bias_D, dtype)
 
         y_PID = layer_norm(x_PID, self.norm2_scale_D[...], self.norm2_bias_D[...], _NORM_EPS)
@@ -156,6 +162,32 @@ def rotary_angles(row_col: Int[Array, "P I 2"], head_dim: int) -> Float[Array, "
     """Angles by which the pairs of a head turn, fp32: those of the row, then those of the column (spec 3.3)."""
     angles = row_col.astype(jnp.float32)[..., None] * inverse_frequencies(_ROTARY_BASE, head_dim // 2)
     return angles.reshape(*row_col.shape[:2], head_dim // 2)
+
+
+def _shared(inputs: VisionInputs, merged: int) -> VisionInputs:
+    """Packs split over `context` in the order of `ops.context`, so that each device has its share of the tower's work."""
+    ranks, patches = sharding.axis_size(context.AXIS), inputs.frame_ids.shape[1]
+    if ranks == 1:
+        return inputs
+    if patches % (2 * ranks * merged):
+        raise ConfigError(
+            f"packs of {patches} patches do not divide into {2 * ranks} chunks of whole embeddings ({merged} patches each), two for each "
+            f"device of the mesh axis {context.AXIS}={ranks}; make packs a multiple of {2 * ranks * merged} patches."
+        )
+
+    def share(x: Array) -> Array:
+        packs = jax.typeof(x).sharding.spec[0]
+        return context.balance(jax.sharding.reshard(x, PartitionSpec(packs, context.AXIS, *(None,) * (x.ndim - 2))))
+
+    return jax.tree.map(share, inputs)
+
+
+def _whole(embeddings_PnD: Array) -> Array:
+    """The inverse of `_shared`, for embeddings."""
+    if sharding.axis_size(context.AXIS) == 1:
+        return embeddings_PnD
+    packs = jax.typeof(embeddings_PnD).sharding.spec[0]
+    return jax.sharding.reshard(context.reading_order(embeddings_PnD), PartitionSpec(packs, None, None))
 
 
 def _weight(w: nnx.Variable, dtype: jnp.dtype) -> Array:

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -58,6 +59,21 @@ def test_every_parameter_learns(one_device):
     """All towers, the router and every expert layer get a gradient; the Fourier coefficients are not trained."""
     silent = [name for name, g in one_device[2].items() if not np.abs(g).max() > 0]
     assert all("position_ND" in name or "coef" in name for name in silent), silent
+
+
+def test_towers_are_left_out_of_a_batch_without_media():
+    """Towers of NaN would spoil the gradient, had they been run."""
+    batch = multimodal_batch(CONFIG)
+    empty = jax.tree.map(np.zeros_like, (batch.inputs.vision, batch.inputs.time_series))
+    text = np.minimum(batch.inputs.tokens, 89)
+    with jax.set_mesh(make_mesh(context=2, expert=2)):
+        model = create_model(CONFIG)
+        for tower in (model.vision, model.time_series):
+            nnx.update(tower, jax.tree.map(lambda x: x * jnp.nan, nnx.state(tower)))
+        graph, state = nnx.split(model)
+        inputs = place_batch(dataclasses.replace(batch.inputs, tokens=text, vision=empty[0], time_series=empty[1]))
+        objective = jax.grad(lambda state: jnp.sum(nnx.merge(graph, state).embed(inputs) ** 2), allow_int=True)
+        assert all(np.isfinite(np.asarray(g)).all() for g in jax.tree.leaves(jax.jit(objective)(state)))
 
 
 def test_a_training_step_on_a_mesh_lowers_the_loss():
