@@ -13,6 +13,7 @@ from interns1pro_jax.config import ConfigError, ModelConfig, VisionConfig
 from interns1pro_jax.data.examples import Example, Medium, StoredImage, StoredSignal, StoredVideo, png
 from interns1pro_jax.data.image_processing import PixelBounds, grid_of
 from interns1pro_jax.data.packing import RowSize
+from interns1pro_jax.data.placeholders import VideoTokens, video_text
 from interns1pro_jax.data.records import Document, ImagePart, SignalPart, TextPart, VideoPart
 from interns1pro_jax.models.time_series_inputs import Signal, prepare_signal, required_sizes
 from interns1pro_jax.models.vision_inputs import tokens_per_item
@@ -68,13 +69,13 @@ class DocumentEncoder:
                     texts.append(text)
                 case ImagePart(pixels, content):
                     grid = grid_of(pixels.shape[0], pixels.shape[1], self._vision, self.bounds)
-                    texts.append(_vision(base.IMAGE, tokens_per_item(grid, self._vision)))
+                    texts.append(f"{base.VISION_START}{base.IMAGE * tokens_per_item(grid, self._vision)}{base.VISION_END}")
                     patches += grid[1] * grid[2]
                     media.append(StoredImage(png(pixels) if content is None else content, grid))
                 case VideoPart(frames, seconds):
                     rows, columns = (side // self._vision.patch_size for side in frames.shape[1:3])
                     per_patch = tokens_per_item((1, rows, columns), self._vision)
-                    texts.append("".join(f"<{second:.1f} seconds>{_vision(base.VIDEO, per_patch)}" for second in seconds))
+                    texts.append(video_text(VideoTokens(seconds, per_patch)))
                     patches += len(seconds) * rows * columns
                     media.append(StoredVideo(frames))
                 case SignalPart(samples, rate, _):
@@ -123,7 +124,3 @@ class DocumentEncoder:
         if self.model.vision is None:
             raise ConfigError(_NO_TOWER.format("images", "vision", "vision"))
         return self.model.vision
-
-
-def _vision(placeholder: str, count: int) -> str:
-    return f"{base.VISION_START}{placeholder * count}{base.VISION_END}"

@@ -15,7 +15,7 @@ from jaxtyping import Int
 from interns1pro_jax.config import ConfigError, ModelConfig
 from interns1pro_jax.data.examples import Example, Record, StoredSignal
 from interns1pro_jax.data.packing import RowSize
-from interns1pro_jax.data.plan import BatchPlan, PlannedRow
+from interns1pro_jax.data.plan import KEPT_RECORDS, BatchPlan, PlannedRow
 from interns1pro_jax.data.quarantine import Fault, Quarantine
 from interns1pro_jax.data.records import DataError
 from interns1pro_jax.models.inputs import Batch, ModelInputs
@@ -25,8 +25,6 @@ from interns1pro_jax.models.vision_inputs import VisionItem, pack_vision
 from interns1pro_jax.ops.losses import IGNORED
 
 _ARRAYS = ("tokens", "positions", "segment_ids", "labels")
-# Records with several documents whose neighbours are likely to be wanted soon.
-_KEPT_RECORDS = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +206,7 @@ class RowReader:
         record = self._plan.sources[source][number]
         if len(record.lengths) > 1 and not record.media:
             self._kept[key] = record
-            while len(self._kept) > _KEPT_RECORDS:
+            while len(self._kept) > KEPT_RECORDS:
                 self._kept.popitem(last=False)
         return record
 

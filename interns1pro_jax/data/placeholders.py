@@ -36,10 +36,11 @@ def expand_placeholders(text: str, *, images: Sequence[int] = (), videos: Sequen
     text = _replace(text, base.IMAGE, "image", (base.IMAGE * count for count in images), len(images))
     text = _replace(text, base.SIGNAL, "signal", (base.SIGNAL * count for count in signals), len(signals))
     marked = f"(?:{re.escape(_VIDEO_MARKED)}|{re.escape(base.VIDEO)})"
-    return _replace(text, marked, "video", map(_video_text, videos), len(videos), is_pattern=True)
+    return _replace(text, marked, "video", map(video_text, videos), len(videos), is_pattern=True)
 
 
-def _video_text(video: VideoTokens) -> str:
+def video_text(video: VideoTokens) -> str:
+    """What stands for a video: for each temporal patch its time, and its placeholders between marks."""
     patch = f"{base.VISION_START}{base.VIDEO * video.per_patch}{base.VISION_END}"
     return "".join(f"<{seconds:.1f} seconds>{patch}" for seconds in video.seconds)
 

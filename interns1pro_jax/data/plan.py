@@ -28,6 +28,10 @@ from interns1pro_jax.data.permutation import counter_hash, key_of
 from interns1pro_jax.data.records import DataError
 from interns1pro_jax.data.sources import DOCUMENTS, ROWS, PreparedSource
 
+_KEPT_CURSORS = 4096  # of windows; a checkpoint asks for a recent one
+# Records of several documents that a reader keeps at a time. A block of more would have them read again and again.
+KEPT_RECORDS = 512
+
 
 @dataclasses.dataclass(frozen=True)
 class PipelineConfig:
@@ -225,7 +229,7 @@ class DocumentsPlan(BatchPlan):
             row += len(taken)
             if row == len(planned):
                 block, row = block + 1, 0
-        self._cursors[number + 1] = (block, row)
+        self._remember(number + 1, (block, row))
         return rows
 
     def _begin(self, number: int) -> tuple[int, int]:
@@ -236,10 +240,13 @@ class DocumentsPlan(BatchPlan):
             row += self.config.window * self.config.batch_size
             while row >= (rows := len(self._block(block))):
                 block, row = block + 1, row - rows
-            self._cursors[last + 1] = (block, row)
-            if len(self._cursors) > 4096:
-                del self._cursors[sorted(self._cursors)[1]]
+            self._remember(last + 1, (block, row))
         return self._cursors[number]
+
+    def _remember(self, number: int, cursor: tuple[int, int]) -> None:
+        self._cursors[number] = cursor
+        if len(self._cursors) > _KEPT_CURSORS:
+            self._cursors = {n: kept for n, kept in self._cursors.items() if n == 0 or abs(n - number) < _KEPT_CURSORS // 2}
 
     def _drawn(self, step: int) -> int:
         with self._lock:
@@ -312,5 +319,11 @@ def make_plan(
             raise ConfigError(
                 f"{prepared.manifest.own_system} documents of {source.path} have a system message of their own; leave out "
                 "Source.system_prompt, or prepare the source without them."
+            )
+        chunks = prepared.manifest.kind == DOCUMENTS and prepared.manifest.documents > 2 * len(prepared)
+        if chunks and config.block > KEPT_RECORDS:
+            raise ConfigError(
+                f"{source.path} has {prepared.manifest.documents // len(prepared)} documents in a record, so that "
+                f"PipelineConfig.block={config.block} draws would not fit the memory of a reader; set it to {KEPT_RECORDS} or less."
             )
     return (RowsPlan if kinds == {ROWS} else DocumentsPlan)(mixture, sources, config, ranks, prefixes)

@@ -23,6 +23,7 @@ import jax
 from jax.experimental import multihost_utils
 from rich.console import Console
 
+from interns1pro_jax.checkpoint.errors import CheckpointError
 from interns1pro_jax.checkpoint.manager import CheckpointManager, check_writable
 from interns1pro_jax.config import ConfigError
 from interns1pro_jax.train.feed import Batches, DataPlace, Feed, place_batch
@@ -127,6 +128,8 @@ def train(
     if restored:
         state, extras = _restore(state, checkpoints)
         if data is not None:
+            if "data" not in extras:
+                raise CheckpointError(f"the checkpoint in {checkpoints.directory} has no place in the data; choose another workdir.")
             data.restore(extras["data"])
     start = int(state.step)
     if start > config.steps:

@@ -349,6 +349,10 @@ def test_what_does_not_belong_together_is_refused(corpus, model, tokenizer, conf
     small = dataclasses.replace(model, text=dataclasses.replace(model.text, vocab_size=300))
     with pytest.raises(ConfigError, match=r"vocab_size=300 must not be smaller"):
         whole.batches(small, tokenizer, whole.open_sources())
+    chunks = corpus("chunks")
+    chunks = dataclasses.replace(chunks, pipeline=dataclasses.replace(config, block=4096))
+    with pytest.raises(ConfigError, match=r"documents in a record.*set it to 512 or less"):
+        chunks.batches(model, tokenizer, chunks.open_sources())
     with pytest.raises(ConfigError, match="must divide over the 3 data-parallel ranks"):
         whole.batches(model, tokenizer, whole.open_sources(), ranks=3)
     with pytest.raises(ConfigError, match=r"signal_pairs=3 must be even"):

@@ -151,6 +151,9 @@ def test_the_place_in_the_data_is_saved_and_restored_and_its_counts_are_recorded
     run(tmp_path, steps=8, data=second)
     assert first.restored is None and second.restored == {"place": 42}
     assert all(record["data/quarantined"] == 3 for record in read_records(tmp_path))
+    run(tmp_path / "other", steps=2)
+    with pytest.raises(CheckpointError, match="has no place in the data"):
+        run(tmp_path / "other", steps=4, data=Cursor())
 
 
 @pytest.mark.parametrize("devices", [1, 8])
