@@ -28,6 +28,7 @@ from interns1pro_jax.data.permutation import counter_hash, key_of
 from interns1pro_jax.data.records import DataError
 from interns1pro_jax.data.sources import DOCUMENTS, ROWS, PreparedSource
 
+_CHUNK = 4096  # draws of packed rows that are found together
 _KEPT_CURSORS = 4096  # of windows; a checkpoint asks for a recent one
 # Records of several documents that a reader keeps at a time. A block of more would have them read again and again.
 KEPT_RECORDS = 512
@@ -183,15 +184,38 @@ class BatchPlan:
 class RowsPlan(BatchPlan):
     """Batches of rows that were packed beforehand."""
 
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self._chunk = functools.lru_cache(maxsize=4)(self._plan_chunk)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in super().__getstate__().items() if name != "_chunk"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._chunk = functools.lru_cache(maxsize=4)(self._plan_chunk)
+
     def _window_rows(self, number: int) -> list[PlannedRow]:
-        rows = self.config.window * self.config.batch_size
-        draws = self.mixture.draws(number * rows, (number + 1) * rows)
-        pairs = zip(draws.source.tolist(), draws.record.tolist(), strict=True)
+        wanted = self.config.window * self.config.batch_size
+        first, last = number * wanted, (number + 1) * wanted
+        rows: list[PlannedRow] = []
+        for chunk in range(first // _CHUNK, -(-last // _CHUNK)):
+            rows += self._chunk(chunk)[max(first - chunk * _CHUNK, 0) : last - chunk * _CHUNK]
+        if len(rows) < wanted:
+            self.mixture.draws(first, last)  # raises, and says that the mixture has ended
+        return rows
+
+    def _plan_chunk(self, number: int) -> list[PlannedRow]:
+        """The rows of consecutive draws: many, since what finding them costs is the same for few."""
+        stop = (number + 1) * _CHUNK
+        end = stop if self.mixture.length is None else min(stop, self.mixture.length)
+        draws = self.mixture.draws(min(number * _CHUNK, end), end)
         costs = np.empty(len(draws))
         for source in np.unique(draws.source).tolist():
             mine = draws.source == source
             costs[mine] = self.sources[source].costs[draws.record[mine]]
-        return [PlannedRow((Piece(source, record),), cost) for (source, record), cost in zip(pairs, costs.tolist(), strict=True)]
+        planned = zip(draws.source.tolist(), draws.record.tolist(), costs.tolist(), strict=True)
+        return [PlannedRow((Piece(source, record),), cost) for source, record, cost in planned]
 
     def _drawn(self, step: int) -> int:
         return -(-step // self.config.window) * self.config.window * self.config.batch_size
