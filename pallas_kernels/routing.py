@@ -27,6 +27,11 @@ _LANES, _SUBLANES = 128, 8  # of a vector register
 Interpret = bool | pltpu.InterpretParams
 
 
+def takes(experts: int, groups: int) -> bool:
+    """Whether the kernel's layout holds this many experts: whole sublanes in a group, whole lanes in all. Toy models have fewer."""
+    return experts // groups % _SUBLANES == 0 and experts % _LANES == 0
+
+
 @dataclasses.dataclass(frozen=True)
 class _Shape:
     tokens: int
@@ -80,7 +85,7 @@ def route(
     check_operands(logits_TE, replay_TGC, probe, groups, chosen, temperature)
     num_tokens, num_experts = logits_TE.shape
     size = num_experts // groups
-    if size % _SUBLANES or num_experts % _LANES:
+    if not takes(num_experts, groups):
         raise ValueError(
             f"the routing kernel takes groups of a multiple of {_SUBLANES} experts, a multiple of {_LANES} in all; got {groups} groups "
             f"of {size}. Use route_reference for other sizes."

@@ -22,7 +22,7 @@ from interns1pro_jax.layers.parameter import normal, parameter
 from interns1pro_jax.ops.projection import project
 from interns1pro_jax.ops.varying import as_varying, varying_axes
 from pallas_kernels.chips import current_chip
-from pallas_kernels.routing import route
+from pallas_kernels.routing import route, takes
 from pallas_kernels.routing_reference import route_reference, straight_through
 
 NOT_RECORDED = 255  # in recorded routing: this token's experts are not known; groups of more experts record in uint16
@@ -157,7 +157,8 @@ def _local_route(logits_BTE, replay_BTGC, probe, **options):
     axes = varying_axes(logits_BTE)
     logits_TE, replay_TGC = jax.tree.map(lambda x: as_varying(x.reshape(-1, *x.shape[2:]), axes), (logits_BTE, replay_BTGC))
     probe = jax.tree.map(lambda x: as_varying(x, axes), probe)
-    routes = (route if current_chip() else route_reference)(logits_TE, replay_TGC, probe, **options)
+    by_kernel = current_chip() and takes(logits_TE.shape[-1], options["groups"])
+    routes = (route if by_kernel else route_reference)(logits_TE, replay_TGC, probe, **options)
     ids, probs, ranks = (x.reshape(*batch, *x.shape[1:]) for x in (routes.ids_TGC, routes.probs_TGC, routes.ranks_TGC))
     return Routing(ids, probs, ranks, routes.counts_NE)
 

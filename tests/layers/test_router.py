@@ -9,8 +9,10 @@ import pytest
 from flax import nnx
 
 from interns1pro_jax.config import RouterConfig
+from interns1pro_jax.layers import router
 from interns1pro_jax.layers.router import Router
 from interns1pro_jax.ops.router_losses import balance_loss, global_topk_balance_loss, z_loss
+from pallas_kernels.chips import CHIPS
 from pallas_kernels.routing_reference import observe_unselected
 from tests.tiny import text_config
 
@@ -134,3 +136,10 @@ def test_balance_gradient_reaches_the_router(x):
         return balance_loss(stats.load_E[None], stats.mass_E[None], stats.tokens)
 
     assert np.abs(jax.jit(jax.grad(loss))(state)["kernel_DE"][...]).max() > 0
+
+
+def test_sizes_that_the_kernel_does_not_take_are_routed_on_a_chip_too(mesh, monkeypatch):
+    logits = jax.random.normal(jax.random.key(3), (2, 6, 32))
+    elsewhere = router.route_tokens(logits, groups=8, chosen=1)
+    monkeypatch.setattr(router, "current_chip", lambda: CHIPS["v6e"])
+    jax.tree.map(np.testing.assert_array_equal, router.route_tokens(logits, groups=8, chosen=1), elsewhere)
