@@ -26,7 +26,8 @@ def test_pixels_of_lossless_files(format, tmp_path):
     content = file_of(PIXELS, format)
     np.testing.assert_array_equal(read_image(content), PIXELS)
     (tmp_path / "image.bin").write_bytes(content)  # the content tells the format, not the name
-    np.testing.assert_array_equal(read_image(tmp_path / "image.bin"), PIXELS)
+    for path in (tmp_path / "image.bin", str(tmp_path / "image.bin")):
+        np.testing.assert_array_equal(read_image(path), PIXELS)
 
 
 def test_sixteen_bits_are_scaled_not_cut_off():
@@ -43,6 +44,11 @@ def test_images_are_upright():
     exif = Image.Exif()
     exif[0x0112] = 6  # taken with the camera turned: shown after a quarter turn clockwise
     np.testing.assert_array_equal(read_image(file_of(PIXELS, exif=exif.tobytes())), np.rot90(PIXELS, -1))
+
+
+def test_of_a_file_with_previews_the_picture_is_read():
+    content = file_of(PIXELS, "MPO", quality=95, save_all=True, append_images=[Image.fromarray(PIXELS[:4, :5])])
+    np.testing.assert_array_equal(read_image(content), np.asarray(Image.open(io.BytesIO(file_of(PIXELS, "JPEG", quality=95)))))
 
 
 def png(width, height, data=b""):

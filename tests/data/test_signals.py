@@ -41,6 +41,7 @@ def files(tmp_path_factory):
     slow = edfio.EdfSignal(X[:300, 1], sampling_frequency=50, label="Resp", physical_dimension="mV")
     edfio.Edf([left, right], annotations=[edfio.EdfAnnotation(1, 2, "asleep")]).write(directory / "x.edf")
     edfio.Edf([left, slow]).write(directory / "rates.edf")
+    edfio.Edf([right, right]).write(directory / "twice.edf")
     edfio.Bdf([edfio.BdfSignal(X[:, 0], sampling_frequency=100, label="A1", physical_dimension="uV")]).write(directory / "x.bdf")
     wfdb.wrsamp("x", fs=360, units=["mV", "mmHg"], sig_name=["II", "BP"], p_signal=X, fmt=["16", "16"], write_dir=str(directory))
     traces = pymseed.MS3TraceList()
@@ -82,6 +83,11 @@ def test_channels_are_chosen_by_name_and_order(files):
     both = read_signal(files / "x.edf").samples
     np.testing.assert_array_equal(read_signal(files / "x.edf", channels=["Resp", "EEG Fp1"]).samples, both[:, ::-1])
     assert read_signal(files / "rates.edf", channels=["Resp"]).sampling_rate == 50
+    with pytest.raises(MediaError, match=r"twice\.edf: has 2 channels 'Resp'; rename them, or read all") as found:
+        read_signal(files / "twice.edf", channels=["Resp"])
+    assert found.value.reason == Reason.AMBIGUOUS
+    with pytest.raises(TypeError, match="channels='Resp' must be a list of names"):
+        read_signal(files / "x.edf", channels="Resp")
     assert read_signal(files / "gap.mseed", channels=["XX_TEST__H_H_2"]).samples.shape == (600, 1)
     with pytest.raises(MediaError, match=r"rates\.edf: has channels of several sampling rates .*'Resp': 300 samples at 50\.0 Hz") as found:
         read_signal(files / "rates.edf")
@@ -133,6 +139,7 @@ def _npy(array):
         (_npy(np.array([1.0, np.nan, np.inf])), "npy", Reason.NOT_FINITE, "2 of 3 values.*sample 1 of channel '0'"),
         (_npy(np.zeros(3)) + b"more", "npy", Reason.UNREADABLE, "holds 28 bytes of samples where its header promises 24"),
         (b"time,value\n1,2\n", "csv", Reason.UNSUPPORTED, "begins with 'time,value', .* remove the header"),
+        (b"1," * 2**19, "csv", Reason.TOO_LARGE, "first line of 1,048,576 characters or more; write a line for each sample"),
         (b"1,2\n3\n", "csv", Reason.UNREADABLE, "columns changed from 2 to 1"),
         (b"1,2\n3,nan\n", "csv", Reason.NOT_FINITE, "sample 1 of channel '1'"),
         (b"\xff\xfe\x00", "csv", Reason.UNREADABLE, "csv"),

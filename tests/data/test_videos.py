@@ -1,6 +1,7 @@
 """Videos: sampled frames, sizes, patches and prompts of the official processor; files of every container; hostile ones named."""
 
 import json
+import struct
 
 import numpy as np
 import pytest
@@ -85,13 +86,16 @@ def test_a_still_video_has_the_patches_of_the_image_and_an_odd_end_is_repeated()
         video_item(np.zeros((2, 30, 64, 3), np.uint8), CONFIG)
 
 
-def write(path, codec, frames=31, height=64, width=96, rate=10):
+def write(path, codec, frames=31, height=64, width=96, rate=10, bright=None):
     av = pytest.importorskip("av")
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for i in range(frames):
-            picture = av.VideoFrame.from_ndarray(np.full((height, width, 3), 8 * i, np.uint8), format="rgb24")
+            pixels = np.full((height, width, 3), 8 * i, np.uint8)
+            if bright is not None:
+                pixels[bright] = 255
+            picture = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             container.mux(stream.encode(picture))
         container.mux(stream.encode())
     return path
@@ -110,6 +114,15 @@ def test_files_of_every_container(tmp_path, suffix, codec):
     np.testing.assert_array_equal(read_video(path.read_bytes(), CONFIG).frames, video.frames)
     small = read_video(path, CONFIG, bounds=PixelBounds(1, 6 * 32 * 32), sampling=FrameSampling(frames=2))
     assert small.frames.shape[1:3] == resize_video(2, 64, 96, CONFIG, PixelBounds(1, 6 * 32 * 32)) and small.indices == [0, 30]
+
+
+def test_videos_are_upright(tmp_path):
+    content = bytearray(write(tmp_path / "x.mp4", "mpeg4", frames=8, bright=np.s_[:, :48]).read_bytes())
+    matrix = content.index(b"tkhd") + 44  # of the display, as a telephone held upright writes it: a quarter turn clockwise
+    content[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 64 << 16, 0, 1 << 30)
+    frames = read_video(bytes(content), CONFIG).frames
+    assert frames.shape[1:3] == (96, 64)
+    assert frames[:, :40].min() > 200 and frames[:, 56:].max() < 100
 
 
 def test_what_is_wrong_with_a_file_is_named(tmp_path):

@@ -9,10 +9,11 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
 from interns1pro_jax.data.image_processing import to_rgb
-from interns1pro_jax.data.media.limits import ImageLimits, MediaError, Reason, Source, check_size, decoding, opened
+from interns1pro_jax.data.media.limits import ImageLimits, MediaError, Reason, Source, check_size, decoding, named, opened
 
 # Formats of still images whose decoders read nothing but the file itself.
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000")
+_WITH_PREVIEWS = "MPO"  # a JPEG as telephones write it: the picture, then previews or a map of brightness
 
 
 def read_image(source: Source, *, name: str | None = None, limits: ImageLimits | None = None) -> UInt8[np.ndarray, "height width 3"]:
@@ -28,7 +29,8 @@ def read_image(source: Source, *, name: str | None = None, limits: ImageLimits |
     Raises:
       MediaError: absent, over the limits, damaged, cut short, of another format, animated, or of values that are no grey levels.
     """
-    limits, name = limits or ImageLimits(), name or (str(source) if not isinstance(source, bytes) else "image")
+    limits = limits or ImageLimits()
+    source, name = named(source, name, "image")
     check_size(source, name, limits.max_bytes)
     with warnings.catch_warnings(), opened(source) as file, decoding(name, "an image"):
         # Pillow has a limit of its own, fixed for the process; ours is stricter or wanted.
@@ -45,7 +47,7 @@ def read_image(source: Source, *, name: str | None = None, limits: ImageLimits |
                     name,
                     f"unpacks to {width} x {height} pixels, more than max_pixels={limits.max_pixels:,}; shrink it or raise the limit.",
                 )
-            if getattr(image, "is_animated", False):
+            if getattr(image, "is_animated", False) and image.format != _WITH_PREVIEWS:
                 raise MediaError(
                     Reason.UNSUPPORTED, name, f"has {getattr(image, 'n_frames', 'several')} frames; give it as a video, or one frame of it."
                 )

@@ -63,11 +63,18 @@ class SignalLimits:
     max_channels: int = 512
 
 
-Source = Path | bytes
+Source = str | Path | bytes
 """A local file, or the bytes of one."""
 
 
-def check_size(source: Source, name: str, max_bytes: int) -> int:
+def named(source: Source, name: str | None, medium: str) -> tuple[Path | bytes, str]:
+    """Where the bytes come from, and what messages call it."""
+    if isinstance(source, bytes):
+        return source, name or medium
+    return Path(source), name or str(source)
+
+
+def check_size(source: Path | bytes, name: str, max_bytes: int) -> int:
     """Bytes of a file.
 
     Raises:
@@ -87,7 +94,7 @@ def check_size(source: Source, name: str, max_bytes: int) -> int:
 
 
 @contextlib.contextmanager
-def opened(source: Source) -> Iterator[BinaryIO]:
+def opened(source: Path | bytes) -> Iterator[BinaryIO]:
     if isinstance(source, bytes):
         yield io.BytesIO(source)
     else:

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import io
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from interns1pro_jax.data.media.limits import MediaError, Reason, SignalLimits, Source, check_size, decoding, opened, optional_module
+from interns1pro_jax.data.media.limits import MediaError, Reason, SignalLimits, Source, check_size, decoding, named, opened, optional_module
 from interns1pro_jax.data.records import SignalPart
+
+_LONGEST_LINE = 1 << 20  # characters of the first line of a csv file, which is read to count its columns
 
 
 class Channel(NamedTuple):
@@ -39,7 +42,8 @@ def read_signal(
     name: str | None = None,
     limits: SignalLimits | None = None,
 ) -> SignalPart:
-    """Reads a recording. Its samples are float32 where that holds them exactly, else float64.
+    """Reads a recording. Its samples are float32 where that holds them exactly, else float64; those of csv are float32, as
+    the released model reads them.
 
     Args:
       source: a local file, or the bytes of one (not for WFDB, whose records are several files).
@@ -54,13 +58,14 @@ def read_signal(
       MediaError: absent, over the limits, damaged, cut short, of an unknown format, empty or not finite; channels that do not exist, or
         that are not of one rate, length and start.
     """
-    limits, name = limits or SignalLimits(), name or (str(source) if not isinstance(source, bytes) else "signal")
+    limits = limits or SignalLimits()
+    source, name = named(source, name, "signal")
     if format is None:
         format = source.suffix.lstrip(".").lower() if isinstance(source, Path) else ""
     if format not in FORMATS:
         raise MediaError(Reason.UNSUPPORTED, name, f"is of format {format!r}; known are {', '.join(FORMATS)}: name one with format=.")
     check_size(source, name, limits.max_bytes)
-    what = f"a {format} recording"
+    what = f"a recording ({format})"
     with decoding(name, what):
         found = FORMATS[format](source, name, limits)
     chosen = _choose(found, channels, name)
@@ -99,9 +104,14 @@ def _choose(found: list[Channel], names: Sequence[str] | None, name: str) -> lis
         raise MediaError(Reason.EMPTY, name, "has no channels; drop its record.")
     chosen = found
     if names is not None:
-        absent = [wanted for wanted in names if wanted not in {channel.name for channel in found}]
-        if absent or not names:
-            raise MediaError(Reason.AMBIGUOUS, name, f"has no channel {', '.join(map(repr, absent)) or '(none named)'}; it has {known}.")
+        if isinstance(names, str):
+            raise TypeError(f"channels={names!r} must be a list of names.")
+        counts = Counter(channel.name for channel in found)
+        if not names or not all(counts[wanted] for wanted in names):
+            absent = ", ".join(repr(wanted) for wanted in names if not counts[wanted]) or "(none named)"
+            raise MediaError(Reason.AMBIGUOUS, name, f"has no channel {absent}; it has {known}.")
+        if repeated := next((wanted for wanted in names if counts[wanted] > 1), None):
+            raise MediaError(Reason.AMBIGUOUS, name, f"has {counts[repeated]} channels {repeated!r}; rename them, or read all.")
         chosen = [next(channel for channel in found if channel.name == wanted) for wanted in names]
     for what, values in (
         ("sampling rates", {channel.sampling_rate for channel in chosen}),
@@ -148,7 +158,7 @@ def _check_values(shape: Sequence[int], name: str, limits: SignalLimits) -> None
 # Formats: each gives the channels of a file, having unpacked as little as its library allows -----------------------------------
 
 
-def _npy(source: Source, name: str, limits: SignalLimits) -> list[Channel]:
+def _npy(source: Path | bytes, name: str, limits: SignalLimits) -> list[Channel]:
     """NumPy's format, [length] or [length, channels]; pickled objects are refused."""
     with opened(source) as file:
         version = np.lib.format.read_magic(file)
@@ -170,11 +180,17 @@ def _npy(source: Source, name: str, limits: SignalLimits) -> list[Channel]:
     return _columns(samples[:, None] if samples.ndim == 1 else samples, None, "")
 
 
-def _csv(source: Source, name: str, limits: SignalLimits) -> list[Channel]:
+def _csv(source: Path | bytes, name: str, limits: SignalLimits) -> list[Channel]:
     """Comma-separated numbers, a line per sample, without a header; float32, as the released pre-processor reads them."""
     with opened(source) as file:
         text = io.TextIOWrapper(file, "utf-8-sig")
-        first = text.readline()
+        first = text.readline(_LONGEST_LINE)
+        if len(first) == _LONGEST_LINE:
+            raise MediaError(
+                Reason.TOO_LARGE,
+                name,
+                f"has a first line of {_LONGEST_LINE:,} characters or more; write a line for each sample of all channels.",
+            )
         try:
             columns = len([float(field) for field in first.split(",")])
         except ValueError:
@@ -188,7 +204,7 @@ def _csv(source: Source, name: str, limits: SignalLimits) -> list[Channel]:
     return _columns(samples, None, "")
 
 
-def _audio(source: Source, name: str, limits: SignalLimits) -> list[Channel]:
+def _audio(source: Path | bytes, name: str, limits: SignalLimits) -> list[Channel]:
     """Sound files; samples are in [-1, 1]."""
     soundfile = optional_module("soundfile", name, "sound files")
     with opened(source) as file:
@@ -216,7 +232,7 @@ def _check_riff(file: Any, name: str) -> None:
         raise MediaError(Reason.UNREADABLE, name, f"has {size} of the {promised} bytes that its header promises; it was cut short.")
 
 
-def _miniseed(source: Source, name: str, limits: SignalLimits) -> list[Channel]:
+def _miniseed(source: Path | bytes, name: str, limits: SignalLimits) -> list[Channel]:
     """Seismograms: a channel per trace, in counts."""
     pymseed = optional_module("pymseed", name, "MiniSEED")
     with opened(source) as file:
@@ -243,7 +259,7 @@ def _miniseed(source: Source, name: str, limits: SignalLimits) -> list[Channel]:
     return channels
 
 
-def _edf(source: Source, name: str, limits: SignalLimits) -> list[Channel]:
+def _edf(source: Path | bytes, name: str, limits: SignalLimits) -> list[Channel]:
     """European Data Format and its 24-bit form BDF: physical values in each channel's own unit."""
     edfio = optional_module("edfio", name, "EDF and BDF")
     with opened(source) as file:
@@ -274,7 +290,7 @@ def _edf(source: Source, name: str, limits: SignalLimits) -> list[Channel]:
     ]
 
 
-def _wfdb(source: Source, name: str, limits: SignalLimits) -> list[Channel]:
+def _wfdb(source: Path | bytes, name: str, limits: SignalLimits) -> list[Channel]:
     """PhysioNet's records: the header `.hea` names the files of samples beside it."""
     if isinstance(source, bytes):
         raise MediaError(Reason.UNSUPPORTED, name, "a WFDB record is several files; give the path of its header.")
@@ -294,7 +310,7 @@ def _wfdb(source: Source, name: str, limits: SignalLimits) -> list[Channel]:
     ]
 
 
-FORMATS: dict[str, Callable[[Source, str, SignalLimits], list[Channel]]] = {
+FORMATS: dict[str, Callable[[Path | bytes, str, SignalLimits], list[Channel]]] = {
     "npy": _npy,
     "csv": _csv,
     **dict.fromkeys(("wav", "flac", "mp3", "ogg"), _audio),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from jaxtyping import UInt8
 
 from interns1pro_jax.config import VisionConfig
 from interns1pro_jax.data.image_processing import PixelBounds
-from interns1pro_jax.data.media.limits import MediaError, Reason, Source, VideoLimits, check_size, decoding, opened, optional_module
+from interns1pro_jax.data.media.limits import MediaError, Reason, Source, VideoLimits, check_size, decoding, named, opened, optional_module
 from interns1pro_jax.data.video_processing import VIDEO_BOUNDS, FrameSampling, patch_seconds, resize_frame, resize_video, sample_frames
 
 # Containers that hold their own pictures: FFmpeg also knows playlists, whose entries it would fetch from wherever they point.
@@ -52,7 +53,8 @@ def probe_video(source: Source, *, name: str | None = None, limits: VideoLimits 
     Raises:
       MediaError: absent, over the limits, damaged, of another format, or without pictures.
     """
-    limits, name = limits or VideoLimits(), name or (str(source) if not isinstance(source, bytes) else "video")
+    limits = limits or VideoLimits()
+    source, name = named(source, name, "video")
     with _pictures(source, name, limits) as (container, stream):
         rate = float(stream.average_rate) if stream.average_rate else None
         frames = sum(packet.size > 0 and not packet.is_discard for packet in container.demux(stream))
@@ -91,7 +93,8 @@ def read_video(
     Raises:
       MediaError: as `probe_video`; or fewer frames can be decoded than the file holds, or it is too short or small for the model.
     """
-    limits, name = limits or VideoLimits(), name or (str(source) if not isinstance(source, bytes) else "video")
+    limits = limits or VideoLimits()
+    source, name = named(source, name, "video")
     probe = probe_video(source, name=name, limits=limits)
     try:
         indices = sample_frames(probe.frames, probe.frame_rate, sampling)
@@ -121,7 +124,7 @@ def read_video(
 
 
 @contextlib.contextmanager
-def _pictures(source: Source, name: str, limits: VideoLimits) -> Iterator[tuple[Any, Any]]:
+def _pictures(source: Path | bytes, name: str, limits: VideoLimits) -> Iterator[tuple[Any, Any]]:
     """The opened file and its first stream of pictures; what FFmpeg raises inside becomes a MediaError."""
     av = optional_module("av", name, "videos")
     check_size(source, name, limits.max_bytes)
@@ -139,7 +142,7 @@ def _pictures(source: Source, name: str, limits: VideoLimits) -> Iterator[tuple[
         yield container, stream
 
 
-def _decoded(source: Source, name: str, limits: VideoLimits) -> Iterator[UInt8[np.ndarray, "height width 3"]]:
+def _decoded(source: Path | bytes, name: str, limits: VideoLimits) -> Iterator[UInt8[np.ndarray, "height width 3"]]:
     """The frames in order of time, upright."""
     with _pictures(source, name, limits) as (container, stream):
         for frame in container.decode(stream):
