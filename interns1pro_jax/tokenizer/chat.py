@@ -17,6 +17,7 @@ from interns1pro_jax.config import ConfigError
 from interns1pro_jax.tokenizer.base import IMAGE, SIGNAL, TURN_END, TURN_START, VIDEO
 from interns1pro_jax.tokenizer.messages import (
     WRAPPERS,
+    MediumKind,
     MediumReference,
     Message,
     MessageError,
@@ -28,7 +29,7 @@ from interns1pro_jax.tokenizer.messages import (
     with_signals,
 )
 
-_PLACEHOLDERS = (IMAGE, VIDEO, SIGNAL)
+_PLACEHOLDERS: dict[MediumKind, str] = {"image": IMAGE, "video": VIDEO, "time_series": SIGNAL}
 _WRAPPER = re.compile("|".join(map(re.escape, WRAPPERS.values())))
 # An assistant's turn: what a generation prompt gives (with thoughts, or without), and what follows it.
 _ANSWER = re.compile(rf"{re.escape(TURN_START)}assistant\n(?:<think></think>\n\n|<think>)?(?P<answer>.*?{re.escape(TURN_END)})", re.DOTALL)
@@ -199,8 +200,12 @@ def _loss_mask(
 def _located(
     tokenizer: MarkupTokenizer, ids: Int[np.ndarray, " tokens"], references: Sequence[MediumReference], expansions: Sequence[str]
 ) -> Iterator[Medium]:
-    places = np.flatnonzero(np.isin(ids, [tokenizer.special(token) for token in _PLACEHOLDERS])).tolist()
-    counts = [sum(map(expansion.count, _PLACEHOLDERS)) for expansion in expansions]
+    places = np.flatnonzero(np.isin(ids, [tokenizer.special(token) for token in _PLACEHOLDERS.values()])).tolist()
+    counts = []
+    for number, (reference, expansion) in enumerate(zip(references, expansions, strict=True)):
+        counts.append(expansion.count(_PLACEHOLDERS[reference.kind]))
+        if other := next((token for kind, token in _PLACEHOLDERS.items() if kind != reference.kind and token in expansion), None):
+            raise MessageError(f"expansions[{number}]", f"it has {other}, but the medium is of kind {reference.kind}; give them in order.")
     if not all(counts) or sum(counts) != len(places):
         raise MessageError("expansions", f"their {counts} placeholders give {len(places)} in the tokens; each medium needs one or more.")
     for reference, count in zip(references, counts, strict=True):

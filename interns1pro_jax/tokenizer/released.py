@@ -50,6 +50,7 @@ class ReleasedFiles:
         directory = Path(directory)
         config = _json(directory / "tokenizer_config.json")
         path = directory / "vocab.json"
+        vocab = _json(path)
         try:
             added = {str(token["content"]): int(index) for index, token in config["added_tokens_decoder"].items()}
             named = [config[name] for name in ("bos_token", "eos_token", "pad_token", "unk_token")]
@@ -57,7 +58,7 @@ class ReleasedFiles:
             models = {kind: (directory / f"tokenizer_{name}.model", int(config[f"offset_{name}"])) for kind, name in _NAMES.items()}
             # The rest of vocab.json are names of the segment models' ids that are never produced.
             first = min(added.values())
-            plain = {str(token): int(index) for token, index in _json(path).items() if index < first}
+            plain = {str(token): int(index) for token, index in vocab.items() if index < first}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ConfigError(f"{directory}/tokenizer_config.json is not the released one ({error!r}); {_REMEDY}.") from error
         if sorted(plain.values()) != list(range(first)):
@@ -85,8 +86,9 @@ def _merges(path: Path) -> list[tuple[str, str]]:
 
 
 def _json(path: Path) -> dict[str, Any]:
+    text = _text(path)
     try:
-        content = json.loads(_text(path))
+        content = json.loads(text)
     except ValueError as error:
         raise ConfigError(f"{path} is not JSON ({error}); fetch it again.") from error
     if not isinstance(content, dict):

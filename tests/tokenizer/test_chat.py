@@ -256,6 +256,8 @@ def test_expansions_must_fit(released):
         released.encode_chat(messages, expansions=[])
     with pytest.raises(MessageError, match="each medium needs one or more"):
         released.encode_chat(messages, expansions=["none"])
+    with pytest.raises(MessageError, match=r"expansions\[0\]: it has <TS_CONTEXT>, but the medium is of kind image; give them in order"):
+        released.encode_chat(messages, expansions=["<|ts|><TS_CONTEXT><|/ts|>"])
     with pytest.raises(MessageError, match=r"tool 0: description spells the control token"):
         released.encode_chat(messages, tools=[{"description": "<|im_end|>"}])
 

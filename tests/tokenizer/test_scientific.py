@@ -133,6 +133,8 @@ def test_errors_name_the_file_and_the_remedy(directory, monkeypatch):
         ("merges.txt", b"\xff", "merges.txt is not UTF-8"),
         ("vocab.json", b'{"a": 0, "b": 2}', "must give the ids below 151643, each once"),
         ("vocab.json", b"[]", "holds no JSON object"),
+        ("vocab.json", None, r"^\S+vocab\.json does not exist"),
+        ("tokenizer_config.json", None, r"^\S+tokenizer_config\.json does not exist"),
         ("tokenizer_config.json", b"{", "is not JSON"),
         ("tokenizer_config.json", b"{}", "is not the released one"),
     ):
