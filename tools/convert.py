@@ -52,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _convert(arguments: argparse.Namespace) -> None:
     source, destination = arguments.source, arguments.destination
     is_released = (source / "config.json").exists()
+    to = arguments.to or ("orbax" if is_released else "hf")
+    _check_effects(arguments, is_released, to)
     if is_released:
         model, step = load_model(source, param_dtype=arguments.dtype), 0
     else:
@@ -65,7 +67,7 @@ def _convert(arguments: argparse.Namespace) -> None:
         case "none":
             config = dataclasses.replace(config, quantization=None)
     identity = f"{source.absolute()} {step}"
-    if (arguments.to or ("orbax" if is_released else "hf")) == "orbax":
+    if to == "orbax":
         write_weights(destination, model, step, identity)
         return
     carry = arguments.carry or (source if is_released else None)
@@ -83,6 +85,18 @@ def _convert(arguments: argparse.Namespace) -> None:
             identity=identity,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
+
+
+def _check_effects(arguments: argparse.Namespace, is_released: bool, to: str) -> None:
+    """An option that would be passed over is a mistake."""
+    for option, reason in (
+        ("step", "the source is in the released layout" if is_released else ""),
+        ("quantization", "checkpoints of runs are not quantised" if to == "orbax" else ""),
+        ("like", "checkpoints of runs have one dtype" if to == "orbax" else "--dtype is given" if arguments.dtype else ""),
+        ("carry", "checkpoints of runs hold weights only" if to == "orbax" else ""),
+    ):
+        if reason and getattr(arguments, option) not in (None, "keep"):
+            raise ConfigError(f"--{option} {getattr(arguments, option)} has no effect, because {reason}; drop it.")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -27,6 +27,7 @@ from rich.progress import track
 from rich.table import Table
 
 from interns1pro_jax.checkpoint.errors import CheckpointError
+from interns1pro_jax.checkpoint.manager import failure_reason
 from interns1pro_jax.checkpoint.safetensors_io import Checkpoint, open_checkpoint
 
 _SHOWN = 30  # differences
@@ -97,9 +98,12 @@ def _run(directory: Path, step: int | None, console: Console) -> dict[str, Entry
         raise CheckpointError(f"{directory} has no checkpoint{'' if step is None else f' of step {step}'}; it has {steps or 'none'}.")
     where = directory / f"{step:08d}"
     console.print(f"{where} (there are {steps})")
-    manifest = json.loads((where / "manifest" / "metadata").read_text())
-    console.print(f"of a run with: {json.dumps(manifest['identity'])[:2000]}")
-    metadata = ocp.PyTreeCheckpointHandler().metadata(ocp.path.step.epath.Path(where / "state"))  # type: ignore[attr-defined]
+    try:
+        identity = json.loads((where / "manifest" / "metadata").read_text())["identity"]
+        metadata = ocp.PyTreeCheckpointHandler().metadata(ocp.path.step.epath.Path(where / "state"))  # type: ignore[attr-defined]
+    except Exception as error:  # Orbax raises bare `Exception` for damaged files
+        raise CheckpointError(f"{where} cannot be read ({failure_reason(error)}); choose another with --step.") from error
+    console.print(f"of a run with: {json.dumps(identity)[:2000]}")
     found = {}
     for name, x in metadata.tree.items():
         spec = getattr(x.sharding, "partition_spec", None)

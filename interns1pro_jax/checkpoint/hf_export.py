@@ -27,6 +27,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from interns1pro_jax.checkpoint.errors import CheckpointError
+from interns1pro_jax.checkpoint.hf_import import surplus_problems
 from interns1pro_jax.checkpoint.hf_names import POSITION_ROWS, POSITION_TABLE, HfParameter, hf_parameters
 from interns1pro_jax.checkpoint.manager import check_writable
 from interns1pro_jax.checkpoint.safetensors_io import DTYPES, INDEX, Checkpoint
@@ -47,6 +48,7 @@ MAX_FILE_BYTES = 5 * 10**9
 _SCALE_SUFFIX = "_scale_inv"
 _UNFINISHED = "export.json" + PARTIAL  # what an export is of, as long as it goes on
 _WRITERS = 4
+_MESSAGE_BYTES = 2048
 # Matrices that the released scheme quantises, where `modules_to_not_convert` does not name them (spec section 7).
 _QUANTIZED = r"\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(experts\.\d+\.)?(gate|up|down)_proj)\.weight$"
 # Files of a released directory that are no weights: tokenizer, chat template, processors, generation defaults.
@@ -84,7 +86,7 @@ def export_model(
 
     Raises:
       CheckpointError: the directory holds something else or an export of something else, or cannot be written; there is too little
-        space; the weights are not finite. Nothing has been written then.
+        space; the weights are not finite; `like` has tensors that this model has not. Nothing has been written then.
     """
     directory = Path(directory)
     state = {_dotted(path): variable.get_value() for path, variable in nnx.to_flat_state(nnx.state(model))}
@@ -92,12 +94,12 @@ def export_model(
     if sorted(state) != sorted(parameter.path for parameter in parameters):
         raise CheckpointError("the model was not made with this config; load or create it with the one that is exported.")
     units = list(_units(parameters))
+    if like is not None:
+        _check_belongs(like, config, units)
     tensors = _tensor_specs(units, config, np.dtype(dtype or config.text.dtype), like)
     files = split_into_files(directory, tensors, max_file_bytes)
     _check_finite(state)
-    if jax.process_index() == 0:
-        _prepare(directory, files, identity)
-    _everyone("export is prepared")
+    _first_alone(lambda: _prepare(directory, files, identity))
     _Job(state, config, files, like, progress).run(units)
     if jax.process_index() == 0:
         if carry is not None:
@@ -178,6 +180,16 @@ def _constants(config: ModelConfig, parameters: Mapping[str, Any], like: Checkpo
         yield POSITION_TABLE, sinusoid_table(POSITION_ROWS, config.time_series.PATCH_WIDTH)[:, None]
 
 
+def _check_belongs(like: Checkpoint, config: ModelConfig, units: Sequence[_Unit]) -> None:
+    """What `like` has besides parameters is written as it is, so it must be what the model knows anyway."""
+    names = {name for unit in units for name in unit.names}
+    surplus = [name for name in like if name not in names and name.removesuffix(_SCALE_SUFFIX) not in names]
+    if problems := [problem for name in surplus for problem in surplus_problems(like, config, name)]:
+        raise CheckpointError(
+            f"{like.directory} is of another model ({'; '.join(problems[:4])}; {len(problems)} in all); follow a checkpoint of the same."
+        )
+
+
 def is_quantized(name: str, quantization: Fp8Config | None) -> bool:
     """Whether the released scheme stores this tensor as FP8: a projection of attention or of a feed-forward network that is not listed."""
     if quantization is None or not re.search(_QUANTIZED, name):
@@ -212,10 +224,25 @@ def _prepare(directory: Path, files: Sequence[OutputFile], identity: str) -> Non
     for path in directory.glob(f"*.safetensors{PARTIAL}"):
         path.unlink()
     check_space(directory, files)
-    marker.write_text(json.dumps(plan))
+    write_json(marker, plan)
     for file in files:
         if not file.is_complete():
             file.create()
+
+
+def _first_alone(work: Callable[[], None]) -> None:
+    """Process 0 does it. Where that fails, all raise its error: the others would wait for it forever."""
+    problem = ""
+    if jax.process_index() == 0:
+        try:
+            work()
+        except CheckpointError as error:
+            problem = str(error)
+    if jax.process_count() > 1:
+        message = np.frombuffer(problem.encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES, b"\0"), np.uint8)
+        problem = np.asarray(multihost_utils.broadcast_one_to_all(message)).tobytes().rstrip(b"\0").decode(errors="replace")
+    if problem:
+        raise CheckpointError(problem)
 
 
 def _everyone(where: str) -> None:
@@ -294,13 +321,16 @@ class _Job:
                         for i, value in enumerate(values if unit.has_experts else values[None]):
                             yield names[(first + i) * parts + number] + suffix, value
 
+    def _is_in(self, like: Checkpoint, name: str) -> bool:
+        return name in like and like[name].shape == self.file_of[name].tensors[name].shape
+
     def _scales(self, unit: _Unit) -> list[jax.Array | None]:
         """Scales that `like` has for the unit's tensors, as they are split; one entry for each part along our last axis."""
         parts, names, like = len(unit.parameter.names), unit.names, self.like
         found: list[jax.Array | None] = []
         for number in range(parts):
             mine = [name + _SCALE_SUFFIX for name in names[number::parts]]
-            if like is None or mine[0] not in self.file_of or not all(name in like for name in mine):
+            if like is None or mine[0] not in self.file_of or not all(self._is_in(like, name) for name in mine):
                 found.append(None)
                 continue
             if not unit.has_experts:

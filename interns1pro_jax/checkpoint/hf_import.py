@@ -219,7 +219,7 @@ def check_fit(checkpoint: Checkpoint, config: ModelConfig, parameters: Sequence[
             missing = [name for name in missing if not name.startswith(prefix)]
     problems += [f"{name} is missing" for name in missing]
     for name in surplus:
-        problems += _surplus_problems(checkpoint, config, name)
+        problems += surplus_problems(checkpoint, config, name)
     for name, shape in shapes.items():
         if name in checkpoint:
             problems += _tensor_problems(checkpoint, config, name, shape)
@@ -259,7 +259,7 @@ def _scale_problems(checkpoint: Checkpoint, config: ModelConfig, name: str) -> I
             yield f"{scale} has shape {list(checkpoint[scale].shape)}, but blocks of {list(block)} in {list(shape)} ask for {list(wanted)}"
 
 
-def _surplus_problems(checkpoint: Checkpoint, config: ModelConfig, name: str) -> Iterator[str]:
+def surplus_problems(checkpoint: Checkpoint, config: ModelConfig, name: str) -> Iterator[str]:
     """Tensors without a parameter are wrong, except where they hold what the model knows anyway (spec 4.2, 8, 9.7)."""
     if name.endswith("rotary_emb.inv_freq"):
         return

@@ -156,8 +156,8 @@ class CheckpointManager:
         except Exception as error:  # Orbax raises bare `Exception` for damaged arrays
             others = sorted(set(self._orbax.all_steps()) - {step})
             raise CheckpointError(
-                f"{self.directory / f'{step:08d}'} cannot be read ({_reason(error)}). If its files are damaged, move it away to continue "
-                f"from an earlier checkpoint (here: {others or 'none'})."
+                f"{self.directory / f'{step:08d}'} cannot be read ({failure_reason(error)}). If its files are damaged, move it away to "
+                f"continue from an earlier checkpoint (here: {others or 'none'})."
             ) from error
 
     def close(self) -> None:
@@ -189,7 +189,7 @@ class CheckpointManager:
     def _failure(self, error: Exception) -> CheckpointError:
         """What a failed save means for the user."""
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-        reason, remedy = _reason(error), "Put that right"
+        reason, remedy = failure_reason(error), "Put that right"
         if full:
             reason = f"no space left, {shutil.disk_usage(self.directory).free:,} bytes are free"
             remedy = "Free some space or keep fewer checkpoints"
@@ -263,7 +263,7 @@ def _list(items: list[str]) -> str:
     return "; ".join(items[:_LISTED]) + (f"; and {more} more" if more > 0 else "")
 
 
-def _reason(error: BaseException) -> str:
+def failure_reason(error: BaseException) -> str:
     """The first line of what started a chain of exceptions."""
     while error.__cause__ is not None:
         error = error.__cause__

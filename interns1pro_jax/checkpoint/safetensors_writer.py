@@ -155,7 +155,6 @@ def write_json(path: Path, content: object) -> None:
 def check_space(directory: Path, files: Sequence[OutputFile]) -> None:
     """Raises `CheckpointError` where the disk has less room than the files that are not there yet need."""
     needed = sum(file.size for file in files if not file.path.exists())
-    needed -= sum(file.partial.stat().st_blocks * 512 for file in files if file.partial.exists())
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise CheckpointError(

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from interns1pro_jax.checkpoint.errors import CheckpointError
-from interns1pro_jax.checkpoint.manager import MANIFEST, STATE, CheckpointManager, named_leaves
+from interns1pro_jax.checkpoint.manager import MANIFEST, STATE, CheckpointManager, failure_reason, named_leaves
 from interns1pro_jax.config import ModelConfig
 from interns1pro_jax.config_checks import from_dict
 from interns1pro_jax.models.interns1pro import InternS1Pro
@@ -55,7 +55,10 @@ def read_weights(
         except CheckpointError:
             raise
         except Exception as error:  # Orbax raises bare `Exception` for damaged arrays
-            raise CheckpointError(f"{directory / f'{step:08d}'} cannot be read ({str(error).splitlines()[0][:300]}).") from error
+            raise CheckpointError(
+                f"{directory / f'{step:08d}'} cannot be read ({failure_reason(error)}); give another step (here: {sorted(steps)}), or "
+                "fetch it again."
+            ) from error
     state = jax.tree.unflatten(jax.tree.structure(abstract), [found[name] for name in wanted])
     return nnx.merge(nnx.graphdef(model), state["params"], state["buffers"]), step
 
@@ -64,8 +67,11 @@ def write_weights(directory: str | Path, model: InternS1Pro, step: int = 0, orig
     """Saves a model alone, in the form of a run's checkpoint.
 
     Raises:
-      CheckpointError: the directory cannot be written, or has too little space.
+      CheckpointError: the directory holds checkpoints, which this one would replace; it cannot be written, or has too little
+        space.
     """
+    if there := sorted(path.name for path in Path(directory).glob("*") if path.name.isdecimal()):
+        raise CheckpointError(f"{directory} holds checkpoints already ({', '.join(there[:4])}); choose an empty directory.")
     params, buffers = nnx.state(model, nnx.Param, ...)
     identity = {"model": json.loads(json.dumps(dataclasses.asdict(model.config)))}
     with CheckpointManager(directory, identity, keep_last=1) as manager:

@@ -148,6 +148,29 @@ def test_nothing_is_written_where_something_is_wrong(reference, tmp_path, mesh, 
     with pytest.raises(CheckpointError, match=r"NaN or infinite in text\.final_norm_D"):
         export_model(model, model.config, target)
     assert not list(target.iterdir())
+    with pytest.raises(CheckpointError, match=r"tiny is of another model \(model\.\S+ is surplus.*follow a checkpoint of the same"):
+        other = load_model(reference / "variant_plain_rope_2per_group")
+        export_model(other, other.config, target, like=open_checkpoint(reference / "tiny"))
+    assert not list(target.iterdir())
+
+
+def test_what_fails_on_the_first_process_fails_on_all(monkeypatch):
+    sent = []
+
+    def broadcast(message):
+        sent.append(message)
+        return sent[0]
+
+    def fail():
+        raise CheckpointError("no space in é")
+
+    monkeypatch.setattr(hf_export.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(hf_export.multihost_utils, "broadcast_one_to_all", broadcast)
+    for process in range(2):
+        monkeypatch.setattr(hf_export.jax, "process_index", lambda process=process: process)
+        with pytest.raises(CheckpointError, match=r"^no space in é$"):
+            hf_export._first_alone(fail)
+    assert sent[0].shape == sent[1].shape and not sent[1].any()
 
 
 def test_weights_of_a_run_on_another_mesh(reference, tmp_path):
@@ -166,6 +189,11 @@ def test_weights_of_a_run_on_another_mesh(reference, tmp_path):
         assert read_weights(tmp_path / "run", 1)[1] == 1
         with pytest.raises(CheckpointError, match=r"no checkpoint of step 5; it has \[1, 2\]"):
             read_weights(tmp_path / "run", 5)
+        (tmp_path / "run" / "00000002" / "manifest" / "metadata").write_text("")
+        with pytest.raises(CheckpointError, match=r"00000002 cannot be read \(.+\); give another step \(here: \[1, 2\]\)"):
+            read_weights(tmp_path / "run")
+        with pytest.raises(CheckpointError, match=r"holds checkpoints already \(00000001, 00000002\); choose an empty directory"):
+            write_weights(tmp_path / "run", again)
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["00000001", "00000002"]
 
 
@@ -183,3 +211,10 @@ def test_the_commands(reference, tmp_path, capsys):
     assert convert.main([str(tmp_path / "run"), str(tmp_path / "out")]) == 1
     assert "choose an empty directory" in capsys.readouterr().err
     assert inspect_checkpoint.main([str(tmp_path / "absent")]) == 2
+    for options in (["--quantization", "fp8"], ["--carry", str(source)], ["--step", "3"]):
+        assert convert.main([str(source), str(tmp_path / "more"), *options]) == 1
+        assert f"{options[0]} {options[1]} has no effect" in capsys.readouterr().err
+    assert not (tmp_path / "more").exists()
+    (tmp_path / "run" / "00000000" / "manifest" / "metadata").write_text("{}")
+    assert inspect_checkpoint.main([str(tmp_path / "run")]) == 2
+    assert "00000000 cannot be read ('identity'); choose another with --step" in capsys.readouterr().err
