@@ -55,7 +55,7 @@ _QUANTIZED = r"\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(experts\.\d+\.)?(gat
 CARRIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "README*")
 
 Progress = Callable[[int, int], None]
-"""Called with bytes written so far and in all, by this process."""
+"""Called with the bytes that this process has written, and those that all processes have to write."""
 
 
 def export_model(

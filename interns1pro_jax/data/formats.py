@@ -14,10 +14,10 @@ is an error with a reason, so that no misspelt key drops an image.
 from __future__ import annotations
 
 import base64
-import binascii
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from types import UnionType
 from typing import Any
 
 from interns1pro_jax.config import VisionConfig
@@ -30,6 +30,12 @@ from interns1pro_jax.data.records import Document, ImagePart, Part, RejectedReco
 FORMS = ("messages", "content", "text", "fields")
 _COMMON = {"id", "tags", "licence"}
 _BAD_FORM = "not a known form"
+# What may stand beside the url of an item.
+_DETAILS: dict[str, dict[str, type | UnionType]] = {
+    "image_url": {"detail": str},
+    "video_url": {},
+    "time_series_url": {"sampling_rate": int | float, "unit": str, "channels": list, "format": str},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,9 +121,13 @@ class RecordReader:
         details = dict(item[kind])
         url = _text(details.pop("url", None), f"item {number}, url")
         content, suffix = self._fetch(url)
-        allowed = {"image_url": {"detail"}, "video_url": set(), "time_series_url": {"sampling_rate", "unit", "channels", "format"}}[kind]
-        if unknown := sorted(set(details) - allowed):
+        if unknown := sorted(set(details) - set(_DETAILS[kind])):
             raise RejectedRecord(_BAD_FORM, f"item {number}: unknown keys {unknown} beside url.")
+        for key, value in details.items():
+            if value is not None and (isinstance(value, bool) or not isinstance(value, _DETAILS[kind][key])):
+                raise RejectedRecord(
+                    _BAD_FORM, f"item {number}: {key}={value!r} is of type {type(value).__name__}; correct it or leave it out."
+                )
         shown = url if not url.startswith("data:") else f"item {number}"
         match kind:
             case "image_url":
@@ -139,17 +149,16 @@ class RecordReader:
                 raise RejectedRecord(_BAD_FORM, "a data: URL must be base64.")
             try:
                 return base64.b64decode(encoded, validate=True), header.removesuffix(";base64").rpartition("/")[2]
-            except binascii.Error as error:
+            except ValueError as error:
                 raise RejectedRecord("unreadable file", f"a data: URL is not base64 ({error}).") from error
         if url.startswith(("http://", "https://")):
             raise RejectedRecord("missing file", f"{url} is not fetched; download it and name the file.")
         path = paths.join(self.base, url)
         try:
             return paths.read_bytes(path), path.rpartition(".")[2].lower()
-        except OSError as error:
-            raise RejectedRecord(
-                "missing file", f"{path} cannot be read ({error.strerror or error}); check the path in the record."
-            ) from error
+        except (OSError, ValueError) as error:  # ValueError: a path with a null character
+            why = getattr(error, "strerror", None) or error
+            raise RejectedRecord("missing file", f"{path!r} cannot be read ({why}); check the path in the record.") from error
 
 
 def _text(value: Any, where: str) -> str:
@@ -168,5 +177,5 @@ def parse_line(line: bytes) -> Any:
     """
     try:
         return json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RejectedRecord("not JSON", f"{error}") from error

@@ -104,8 +104,8 @@ def _choose(found: list[Channel], names: Sequence[str] | None, name: str) -> lis
         raise MediaError(Reason.EMPTY, name, "has no channels; drop its record.")
     chosen = found
     if names is not None:
-        if isinstance(names, str):
-            raise TypeError(f"channels={names!r} must be a list of names.")
+        if isinstance(names, str) or not all(isinstance(wanted, str) for wanted in names):
+            raise MediaError(Reason.AMBIGUOUS, name, f"is asked for channels={names!r}, which must be a list of names.")
         counts = Counter(channel.name for channel in found)
         if not names or not all(counts[wanted] for wanted in names):
             absent = ", ".join(repr(wanted) for wanted in names if not counts[wanted]) or "(none named)"
