@@ -12,6 +12,7 @@ Both deal the rows of a window of steps to the ranks by attention cost (`balance
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 import threading
@@ -91,7 +92,7 @@ class PlannedRow(NamedTuple):
     misfits: tuple[Misfit, ...] = ()
 
 
-class BatchPlan:
+class BatchPlan(abc.ABC):
     """Common to both plans. Safe to use from several threads; can be pickled.
 
     Args:
@@ -168,17 +169,21 @@ class BatchPlan:
             "counts": {path: count for path, count in zip(paths, stage.counts, strict=True) if count},
         }
 
+    @abc.abstractmethod
     def _window_rows(self, number: int) -> list[PlannedRow]:
-        raise NotImplementedError
+        """The rows of a window of batches, before they are dealt."""
 
+    @abc.abstractmethod
     def _drawn(self, step: int) -> int:
-        raise NotImplementedError
+        """Draws that the windows of the first `step` batches depend on: all before this one."""
 
+    @abc.abstractmethod
     def _cursor(self, step: int) -> dict[str, int]:
-        raise NotImplementedError
+        """What finds the window of batch `step`, beside its number."""
 
+    @abc.abstractmethod
     def _set_cursor(self, step: int, cursor: Mapping[str, int]) -> None:
-        raise NotImplementedError
+        """Takes over what `_cursor` gave."""
 
 
 class RowsPlan(BatchPlan):

@@ -305,6 +305,23 @@ def test_what_cannot_be_read_leaves_padding_and_is_counted_by_reason(batches, mo
     assert all("image" in name for name in data.quarantine.faults)
 
 
+def test_a_packed_row_that_cannot_be_read_is_padding(batches, monkeypatch):
+    before = [batches("rows")[step] for step in range(4)]
+    damage(monkeypatch, lambda directory, index: directory.endswith("image") and index % 4 == 1, lambda record: record[:-9])
+    data = batches("rows")
+    lost = 0
+    for step in range(4):
+        whole, batch = before[step], data[step]
+        gone = batch.inputs.segment_ids.max(1) == 0
+        assert (batch.inputs.tokens[gone] == 0).all() and (batch.labels[gone] == -100).all()
+        assert [row for row, bad in zip(rows_of(batch), gone, strict=True) if not bad] == [
+            row for row, bad in zip(rows_of(whole), gone, strict=True) if not bad
+        ]
+        lost += gone.sum()
+    assert lost and data.quarantine.reasons == {"damaged record": len(data.quarantine.faults)}
+    assert all("rows/image/shards" in name for name in data.quarantine.faults)
+
+
 def test_too_many_bad_records_stop_the_run(batches, monkeypatch):
     monkeypatch.setattr("interns1pro_jax.data.quarantine._FEWEST", 10)
     damage(monkeypatch, lambda directory, index: directory.endswith("image"), lambda record: b"")
