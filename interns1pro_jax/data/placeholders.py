@@ -49,5 +49,7 @@ def _replace(text: str, placeholder: str, kind: str, contents: Iterator[str], co
     pattern = re.compile(placeholder if is_pattern else re.escape(placeholder))
     found = len(pattern.findall(text))
     if found != count:
-        raise ValueError(f"the prompt has {found} places for a {kind}, but {count} are given; each needs the template's placeholder.")
+        raise ValueError(
+            f"the prompt has {found} {kind} placeholders, but {count} {kind}s are given; each needs the template's placeholder."
+        )
     return pattern.sub(lambda _: next(contents), text)

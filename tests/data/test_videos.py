@@ -55,9 +55,9 @@ def test_golden_image_prompt(reference):
 
 
 def test_placeholders_without_media_are_an_error_and_the_reverse():
-    with pytest.raises(ValueError, match="2 places for a image, but 1 are given"):
+    with pytest.raises(ValueError, match="2 image placeholders, but 1 images are given"):
         expand_placeholders("<|image_pad|> <|image_pad|>", images=[3])
-    with pytest.raises(ValueError, match="0 places for a signal, but 1 are given"):
+    with pytest.raises(ValueError, match="0 signal placeholders, but 1 signals are given"):
         expand_placeholders("no place", signals=[3])
     lone = expand_placeholders("<|video_pad|>", videos=[VideoTokens([0.25], 2)])
     assert lone == "<0.2 seconds><|vision_start|><|video_pad|><|video_pad|><|vision_end|>"
