@@ -31,6 +31,7 @@ from interns1pro_jax.checkpoint.manager import failure_reason
 from interns1pro_jax.checkpoint.safetensors_io import Checkpoint, open_checkpoint
 
 _SHOWN = 30  # differences
+_COMPARED = 1 << 22  # elements
 
 
 class Entry(NamedTuple):
@@ -127,7 +128,7 @@ def _compare(ours: Checkpoint, theirs: Checkpoint, console: Console) -> int:
         if a.dtype == b.dtype and x.tobytes() == y.tobytes():
             equal += 1
             continue
-        difference = float(np.max(np.abs(x.astype(np.float64) - y.astype(np.float64)), initial=0))
+        difference = _largest_difference(x, y)
         dtypes = f"stored as {a.dtype} and {b.dtype}, " if a.dtype != b.dtype else ""
         problems.append(f"{name}: {dtypes}values differ by up to {difference:.3g}")
     console.print(f"{equal:,} tensors are equal to the byte, {len(problems):,} differences")
@@ -136,6 +137,13 @@ def _compare(ours: Checkpoint, theirs: Checkpoint, console: Console) -> int:
     if len(problems) > _SHOWN:
         console.print(f"  and {len(problems) - _SHOWN} more")
     return int(bool(problems))
+
+
+def _largest_difference(x: np.ndarray, y: np.ndarray) -> float:
+    """Of two arrays of one shape; NaN if either has one. A part at a time: in float64 the largest matrices would not fit."""
+    x, y = x.reshape(-1), y.reshape(-1)
+    parts = (slice(start, start + _COMPARED) for start in range(0, x.size, _COMPARED))
+    return float(np.max([np.max(np.abs(x[part].astype(np.float64) - y[part].astype(np.float64))) for part in parts], initial=0))
 
 
 if __name__ == "__main__":

@@ -211,3 +211,13 @@ def test_the_commands(reference, tmp_path, capsys):
     (tmp_path / "run" / "00000000" / "manifest" / "metadata").write_text("{}")
     assert inspect_checkpoint.main([str(tmp_path / "run")]) == 2
     assert "00000000 cannot be read ('identity'); choose another with --step" in capsys.readouterr().err
+
+
+def test_differences_are_found_in_every_part(monkeypatch):
+    monkeypatch.setattr(inspect_checkpoint, "_COMPARED", 3)
+    x = np.arange(10.0).reshape(2, 5)
+    for place, value in (((0, 1), 40.0), ((1, 4), -2.5), ((0, 3), np.nan)):
+        y = x.copy()
+        y[place] = value
+        np.testing.assert_equal(inspect_checkpoint._largest_difference(x, y), abs(value - x[place]))
+    assert inspect_checkpoint._largest_difference(x, x) == 0 == inspect_checkpoint._largest_difference(x[:0], x[:0])
