@@ -26,6 +26,7 @@ COMPUTE_EFFICIENCY = {"v5e": 0.6, "v5p": 0.72, "v6e": 0.6, "tpu7x": 0.6}
 # Share of HBM that a plan fills at most; the rest is for the runtime and for what is not modelled.
 FULLEST = 0.92
 LORA_RANK = 16
+_REST = 3 * 2**30  # bytes of towers, code and small buffers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,15 +99,19 @@ def footprint(
     length: int,
     rows: int = 1,
     *,
+    parameter_bytes: int = 4,
     moment_bytes: int = 4,
     weight_bytes: int = 2,
+    moe_chunks: int = 1,
 ) -> Footprint | None:
     """The footprint of a task; None where the mesh cannot hold the model or the rows.
 
     Args:
       length: tokens of a row, or of a sequence that is served.
       rows: of each group of devices that share a row (`context` of them), or sequences per device that are served or rolled out.
-      moment_bytes: of each of AdamW's moments; weight_bytes: of frozen and served weights (2: bfloat16, 1: FP8).
+      parameter_bytes: of trained parameters and their gradients; moment_bytes: of each of AdamW's moments.
+      moe_chunks: parts in which tokens go through the experts.
+      weight_bytes: of frozen and served weights (2: bfloat16, 1: FP8).
 
     Raises:
       ConfigError: an unknown task.
@@ -129,8 +134,9 @@ def footprint(
         adapters = _adapter_parameters(text) // math.prod(sizes.values()) + 1
         memory = {"weights": weight_bytes * parameters, "adapters": (8 + 2 * moment_bytes) * adapters}
     else:
-        memory = {"parameters": 4 * parameters, "optimizer": 2 * moment_bytes * parameters, "gradients": 4 * parameters}
-    step = {"kept": text.num_hidden_layers * tokens * text.hidden_size * 2, "working": working_bytes(text, mesh, tokens)}
+        trained = parameter_bytes * parameters
+        memory = {"parameters": trained, "optimizer": 2 * moment_bytes * parameters, "gradients": trained}
+    step = {"kept": text.num_hidden_layers * tokens * text.hidden_size * 2, "working": working_bytes(text, mesh, tokens, moe_chunks)}
     seconds, bound = train_seconds(text, hardware, mesh, length, tokens, frozen=task == "lora")
     if task == "rl":
         # Rollout and training take turns: the transients of the one are free while the other runs.
@@ -149,18 +155,20 @@ def cache_bytes(text: TextConfig) -> int:
     return 2 * 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
 
 
-def working_bytes(text: TextConfig, mesh: MeshConfig, tokens: int) -> int:
+def working_bytes(text: TextConfig, mesh: MeshConfig, tokens: int, moe_chunks: int = 1) -> int:
     """Bytes of temporaries of a training step beyond gradients and kept layer inputs, with full rematerialisation.
 
-    They peak in the backward of a layer (its weights and those of the next one gathered, a gradient of them, rows of the expert
-    products) or in the loss (the head in bfloat16 and its gradient in float32, and again in bfloat16).
+    They peak in the backward of a layer (its weights and those of the next one gathered, gradients of them, rows of the expert
+    products) or in the loss (the head in bfloat16 and its gradient in float32, and again in bfloat16). The counts of equal buffers are
+    those that make the compiled step of `pretrain_v5p_512` (docs/pods_report); towers and the rest are taken as constant.
     """
     d, f = text.hidden_size, text.moe_intermediate_size
     gathered = 2 * text.num_experts // mesh.expert * 3 * d * f
     rows = tokens * text.num_experts_per_tok
-    layer = 3 * gathered + 2 * rows * (4 * d + 6 * f) + 2 * tokens * mesh.expert * 3 * d
+    passing = 2 * rows * (8 * d + 10 * f) + 2 * tokens * mesh.expert * 4 * d
+    layer = 4 * gathered + passing // moe_chunks
     head = d * text.vocab_size * (2 + 4 + 2) + 2**29
-    return max(layer, head)
+    return max(layer, head) + _REST
 
 
 def train_seconds(

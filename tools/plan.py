@@ -3,6 +3,7 @@
     python -m tools.plan --chips 512 --type v5p --seq 4096        every task on these chips
     python -m tools.plan --task sft --seq 32768                   the smallest slice of every type that the task fits
     python -m tools.plan --chips 256 --type tpu7x --task train --all   every mesh, not only the best
+    python -m tools.plan --recipes                                     the recipes for TPUs as they are
 
 Tasks: train (AdamW, float32 parameters), sft (the same state, long rows), lora (frozen weights), rl (training and rollout in turns),
 serve (weights and key/value cache). `experiments.launch --compile_only` says the same of one recipe exactly.
@@ -14,13 +15,15 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+import gin
 import jax
 from rich.console import Console
 from rich.table import Table
 
+from experiments import bindings, launch
 from interns1pro_jax.config import ConfigError, ModelConfig
-from interns1pro_jax.flops import GIB, HARDWARE, text_flops
-from interns1pro_jax.footprint import FULLEST, TASKS, Footprint, best_rows, meshes
+from interns1pro_jax.flops import GIB, HARDWARE, hardware_of, text_flops
+from interns1pro_jax.footprint import FULLEST, TASKS, Footprint, best_rows, footprint, meshes
 
 LARGEST = 4096  # chips that the search for the smallest slice goes up to
 
@@ -34,9 +37,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--config", default=None, help="config.json of the model; default the released sizes")
     parser.add_argument("--bf16_moments", action="store_true", help="AdamW's moments in bfloat16")
     parser.add_argument("--fp8_weights", action="store_true", help="frozen and served weights in FP8")
+    parser.add_argument("--recipes", action="store_true", help="the recipes of configs/recipes for TPUs, as they are")
     parser.add_argument("--all", action="store_true", help="every sensible mesh, not only the best")
     arguments = parser.parse_args(argv)
     jax.config.update("jax_platforms", "cpu")
+    if arguments.recipes:
+        Console(width=150).print(recipes())
+        return
     try:
         console = Console(width=max(Console().width, 150))
         model = ModelConfig.from_hf(arguments.config) if arguments.config else ModelConfig()
@@ -61,8 +68,40 @@ def plan(
             found = on_chips(each, model, name, chips, length, options) if chips else smallest(each, model, name, length, options)
             if not found:
                 table.add_row(each, name, f"nothing up to {chips or LARGEST} chips can hold it")
-            for footprint in found if every else found[:1]:
-                table.add_row(*row(model, footprint, name, length))
+            for each_found in found if every else found[:1]:
+                table.add_row(*row(model, each_found, name, length))
+    return table
+
+
+def recipes() -> Table:
+    """The recipes for TPUs, at their own meshes and batches."""
+    table = Table(title="recipes, by arithmetic")
+    for name in ("recipe", "chips", "tokens/device", "state", "gradients", "kept", "working", "total GiB", "of the limit"):
+        table.add_column(name, justify="left" if name in ("recipe", "chips") else "right")
+    bindings.register()
+    gin.add_config_file_search_path(str(launch.ROOT))
+    for path in sorted((launch.ROOT / "configs" / "recipes").glob("*.gin")):
+        gin.clear_config()
+        launch.parse([str(path)], [])
+        model, mesh, optimizer = (gin.get_configurable(name)() for name in ("ModelConfig", "MeshConfig", "OptimizerConfig"))
+        if mesh.topology is None:
+            continue
+        pipeline, hardware = gin.get_configurable("PipelineConfig")(), hardware_of(mesh.topology)
+        sizes = {
+            "parameter_bytes": jax.numpy.dtype(model.text.param_dtype).itemsize,
+            "moment_bytes": jax.numpy.dtype(optimizer.moment_dtype).itemsize,
+            "moe_chunks": gin.get_configurable("StepConfig")().moe_chunks,
+        }
+        rows = pipeline.batch_size * mesh.context // mesh.size
+        found = footprint("train", model, hardware, mesh, pipeline.row.tokens, rows, **sizes)
+        if found is None:
+            raise ConfigError(f"{path.name}: its mesh cannot hold the model.")
+        memory = {part: size / GIB for part, size in found.memory.items()}
+        state = memory["parameters"] + memory["optimizer"]
+        parts = (state, memory["gradients"], memory["kept"], memory["working"], found.total / GIB)
+        chips = f"{mesh.size // hardware.devices_per_chip} {hardware.name}"
+        table.add_row(path.stem, chips, f"{found.tokens:,}", *(f"{part:.1f}" for part in parts), f"{found.total / found.hbm:.0%}")
+    gin.clear_config()
     return table
 
 
@@ -70,7 +109,7 @@ def on_chips(task: str, model: ModelConfig, chip: str, chips: int, length: int, 
     """The footprints of all sensible meshes of so many chips: those that fit first, the fastest of them first, else the smallest."""
     hardware = HARDWARE[chip]
     tried = (best_rows(task, model, hardware, mesh, length, **options) for mesh in meshes(hardware, chips, length))
-    found = [footprint for footprint in tried if footprint is not None]
+    found = [each for each in tried if each is not None]
     return sorted(found, key=lambda each: (not each.fits, -each.rate if each.fits else each.total))
 
 
@@ -85,25 +124,25 @@ def smallest(task: str, model: ModelConfig, chip: str, length: int, options: dic
     return []
 
 
-def row(model: ModelConfig, footprint: Footprint, chip: str, length: int) -> list[str]:
+def row(model: ModelConfig, found: Footprint, chip: str, length: int) -> list[str]:
     """A line of the table."""
-    hardware, mesh = HARDWARE[chip], footprint.mesh
-    state = sum(size for part, size in footprint.memory.items() if part in ("parameters", "optimizer", "weights", "adapters"))
+    hardware, mesh = HARDWARE[chip], found.mesh
+    state = sum(size for part, size in found.memory.items() if part in ("parameters", "optimizer", "weights", "adapters"))
     shown = " x ".join(f"{axis} {size}" for axis, size in mesh.sizes.items() if size > 1) or "one device"
-    useful = 3 * text_flops(model.text, length) * footprint.rate / hardware.devices_per_chip / hardware.peak
+    useful = 3 * text_flops(model.text, length) * found.rate / hardware.devices_per_chip / hardware.peak
     return [
-        footprint.task,
+        found.task,
         f"{mesh.size // hardware.devices_per_chip} {chip}",
         shown,
-        f"{footprint.tokens:,}",
+        f"{found.tokens:,}",
         f"{state / GIB:.1f}",
-        f"{(footprint.total - state) / GIB:.1f}",
-        f"{footprint.total / footprint.hbm:.0%} of {footprint.hbm / GIB:.0f}",
-        "yes" if footprint.fits else f"no: over {FULLEST:.0%}",
-        f"{footprint.seconds:.3g}",
-        f"{footprint.rate:,.0f}",
-        "" if footprint.task in ("rl", "serve") else f"{useful:.0%}",
-        footprint.bound,
+        f"{(found.total - state) / GIB:.1f}",
+        f"{found.total / found.hbm:.0%} of {found.hbm / GIB:.0f}",
+        "yes" if found.fits else f"no: over {FULLEST:.0%}",
+        f"{found.seconds:.3g}",
+        f"{found.rate:,.0f}",
+        "" if found.task in ("rl", "serve") else f"{useful:.0%}",
+        found.bound,
     ]
 
 

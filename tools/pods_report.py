@@ -116,7 +116,10 @@ def draw(reports: dict[str, StepReport], path: Path) -> None:
     memory, times = figure.subplots(1, 2)
     draw_memory(memory, list(reports.values()), list(reports))
     timed = {name: report for name, report in reports.items() if report.times is not None}
-    draw_times(times, list(timed.values()), ["" if len(timed) == len(reports) else name for name in timed])
+    if timed:
+        draw_times(times, list(timed.values()), ["" if len(timed) == len(reports) else name for name in timed])
+    else:
+        times.set_axis_off()
     figure.savefig(path, dpi=110)
 
 

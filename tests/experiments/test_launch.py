@@ -84,7 +84,7 @@ def test_unwritable_workdir_is_named(tmp_path):
         ("pretrain_v5p_512", ["MeshConfig.topology = 'v5p:8x8x8x8'"], "libtpu does not know the topology 'v5p:8x8x8x8'"),
         (
             "pretrain_v6e_1024",
-            ["MeshConfig.slices = 1", "MeshConfig.fsdp = 32"],
+            ["MeshConfig.slices = 1", "MeshConfig.fsdp = 32", "OptimizerConfig.moment_dtype = 'float32'"],
             r"parameters, gradients and optimizer alone need 5\d\.\d GiB of each of 256 devices, which have 31.25",
         ),
     ],
