@@ -17,12 +17,14 @@ import base64
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import UnionType
 from typing import Any
 
 from interns1pro_jax.config import VisionConfig
 from interns1pro_jax.data import paths
 from interns1pro_jax.data.media.images import read_image
+from interns1pro_jax.data.media.limits import ImageLimits, SignalLimits, VideoLimits
 from interns1pro_jax.data.media.signals import read_signal
 from interns1pro_jax.data.media.videos import read_video
 from interns1pro_jax.data.records import Document, ImagePart, Part, RejectedRecord, TextPart, VideoPart
@@ -35,6 +37,12 @@ _DETAILS: dict[str, dict[str, type | UnionType]] = {
     "image_url": {"detail": str},
     "video_url": {},
     "time_series_url": {"sampling_rate": int | float, "unit": str, "channels": list, "format": str},
+}
+# Checked before anything is read; what the readers of media allow.
+_MAX_BYTES = {
+    "image_url": ImageLimits().max_bytes,
+    "video_url": VideoLimits().max_bytes,
+    "time_series_url": SignalLimits().max_bytes,
 }
 
 
@@ -120,7 +128,7 @@ class RecordReader:
             raise RejectedRecord(_BAD_FORM, f"item {number} is no text, image_url, video_url or time_series_url of the documented form.")
         details = dict(item[kind])
         url = _text(details.pop("url", None), f"item {number}, url")
-        content, suffix = self._fetch(url)
+        content, suffix = self._fetch(url, _MAX_BYTES[kind])
         if unknown := sorted(set(details) - set(_DETAILS[kind])):
             raise RejectedRecord(_BAD_FORM, f"item {number}: unknown keys {unknown} beside url.")
         for key, value in details.items():
@@ -138,10 +146,13 @@ class RecordReader:
                 video = read_video(content, self.vision, name=shown)
                 return {"type": "video"}, VideoPart(video.frames, tuple(video.seconds))
             case _:
-                signal = read_signal(content, name=shown, **{"format": suffix, **details})
+                path = paths.join(self.base, url)
+                # A WFDB record is a header and the files beside it.
+                source = Path(path) if suffix in ("hea", "dat") and paths.is_local(path) else content
+                signal = read_signal(source, name=shown, **{"format": suffix, **details})
                 return {"type": "time_series"}, signal
 
-    def _fetch(self, url: str) -> tuple[bytes, str]:
+    def _fetch(self, url: str, max_bytes: int) -> tuple[bytes, str]:
         """The bytes behind a URL, and the suffix that names their format."""
         if url.startswith("data:"):
             header, _, encoded = url.partition(",")
@@ -155,6 +166,8 @@ class RecordReader:
             raise RejectedRecord("missing file", f"{url} is not fetched; download it and name the file.")
         path = paths.join(self.base, url)
         try:
+            if (size := paths.size(path) or 0) > max_bytes:
+                raise RejectedRecord("over the limits", f"{path!r} has {size:,} bytes, more than {max_bytes:,}; cut it.")
             return paths.read_bytes(path), path.rpartition(".")[2].lower()
         except (OSError, ValueError) as error:  # ValueError: a path with a null character
             why = getattr(error, "strerror", None) or error

@@ -114,6 +114,11 @@ def test_a_wfdb_record_without_all_of_its_samples_is_an_error(files, tmp_path):
     with pytest.raises(MediaError) as found:
         read_signal(tmp_path / "x.hea")
     assert found.value.reason == Reason.UNREADABLE
+    header = (tmp_path / "x.hea").read_text()
+    (tmp_path / "x.hea").write_text(header.replace("x.dat", "../x.dat"))
+    with pytest.raises(MediaError, match="invalid syntax"):  # samples lie beside their header, nowhere else
+        read_signal(tmp_path / "x.hea")
+    (tmp_path / "x.hea").write_text(header)
     (tmp_path / "x.dat").unlink()
     with pytest.raises(MediaError, match=r"needs the file .*x\.dat, which is absent") as found:
         read_signal(tmp_path / "x.hea")
