@@ -57,6 +57,8 @@ PRODUCT_STEP = 70  # the same of a block of rows in a forward product or an inpu
 SCALED_STEP = 230  # and in a product with FP8 matrices
 TYPICAL_SIZES = (0.4, 0.6, 0.8, 1.0, 1.3, 1.7)  # of groups, in units of their mean
 RESERVED = 3 * MIB  # of vector memory: for what the compiler spills
+# The same of a product, by the rows that a matrix unit holds: smaller units leave more sums to be kept. Read off compiled kernels.
+PRODUCT_RESERVED = {128: 5 * MIB, 256: RESERVED}
 WEIGHT = 512  # bytes of a row's weight in `grouped_swiglu`
 
 
@@ -108,7 +110,7 @@ def _product_tiling(
             blocks = product_model.cut(sizes_G, sizes, cost)
             for matrices, read_ahead, results in itertools.product((2, 3, 4, 1), (1, 2, 3, 4, 6), (2, 3, 4, 8)):
                 rings = matrices * matrix_bytes + max(sizes) * ((read_ahead + 1) * row_bytes + results * result_bytes)
-                if rings + RESERVED <= chip.vmem:
+                if rings + PRODUCT_RESERVED[chip.depth] <= chip.vmem:
                     tiling = ProductTiling(sizes, columns, panels, matrices, read_ahead, results, cost, chip.vmem - MIB)
                     seconds = product_model.seconds(chip, tiling, blocks, row_bytes, result_bytes, matrix_bytes)
                     found.append((seconds * (panels // chip.cores), tiling))

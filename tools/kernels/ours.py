@@ -31,14 +31,16 @@ def grouped_matmul(chip: Chip, product: Product, rows: int) -> list[Case]:
     of_chip = chips.CHIPS[chip.name]
     if product.kind == "weight_gradient":
         outer = outer_tiling(of_chip, rows, product.k, product.n, GROUPS, _BYTES, _BYTES)
-        return [_case(product, rows, outer, "/".join(str(outer.unit * n) for n in range(1, outer.units + 1)), _call_outer, _outer_program)]
+        blocks = "/".join(str(outer.unit * n) for n in range(1, outer.units + 1))
+        return [_case(product, rows, outer, blocks, (outer.slots, outer.results), _call_outer, _outer_program)]
     transposed = product.kind == "input_gradient"
     tiling = product_tiling(of_chip, rows, product.k, product.n, GROUPS, _BYTES, _BYTES, transposed=transposed)
-    return [_case(product, rows, tiling, "/".join(map(str, tiling.block_rows)), _call_product, _product_program)]
+    blocks, buffers = "/".join(map(str, tiling.block_rows)), (tiling.matrices, tiling.read_ahead, tiling.results)
+    return [_case(product, rows, tiling, blocks, buffers, _call_product, _product_program)]
 
 
-def _case(product: Product, rows: int, tiling, blocks: str, call, program) -> Case:  # type: ignore[no-untyped-def]
-    name = f"ours {product.name} {blocks} x {tiling.columns}"
+def _case(product: Product, rows: int, tiling, blocks: str, buffers: tuple[int, ...], call, program) -> Case:  # type: ignore[no-untyped-def]
+    name = f"ours {product.name} {blocks} x {tiling.columns}, buffers {'/'.join(map(str, buffers))}"
     launch = functools.partial(_launch, functools.partial(call, product, tiling), product)
     return Case(name, launch, product.work(rows), functools.partial(program, product, tiling), product.least_flops)
 
