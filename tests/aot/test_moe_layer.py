@@ -63,11 +63,15 @@ def test_collectives(compiled):
     tokens = ROWS * LENGTH * EXPERT * config.hidden_size * 2
     weights = config.num_experts // EXPERT * config.hidden_size * config.moe_intermediate_size * 2
     router = [c for c in program.collectives if "btd,de->bte" in c.scope]  # its matrix and its gradient
-    found = [(c.kind, c.axes, c.bytes // MIB) for c in program.collectives if c.bytes > MIB and c not in router]
-    expected = 3 * [("all-gather", ("expert",), tokens // MIB)] + 2 * [("reduce-scatter", ("expert",), tokens // MIB)]
+    # Where the devices of `expert` are no ring of the torus, the compiler pads a reduce-scatter and completes it by a small exchange.
+    completions = [c for c in program.collectives if c.kind == "collective-permute" and not c.scope and c.axes == ("expert",)]
+    assert len(completions) <= 2 and all(c.bytes <= tokens // 16 for c in completions)
+    found = sorted((c.kind, c.axes, c.bytes) for c in program.collectives if c.bytes > MIB and c not in router + completions)
+    expected = 3 * [("all-gather", ("expert",), tokens)] + 2 * [("reduce-scatter", ("expert",), tokens)]
     for size in (weights, 2 * weights):
-        expected += 2 * [("all-gather", ("fsdp",), size // MIB)] + [("reduce-scatter", ("fsdp",), size // MIB)]
-    assert sorted(found) == sorted(expected)
+        expected += 2 * [("all-gather", ("fsdp",), size)] + [("reduce-scatter", ("fsdp",), size)]
+    assert [c[:2] for c in found] == [c[:2] for c in sorted(expected)]
+    assert all(size <= c[2] <= 1.05 * size for c, (_, _, size) in zip(found, sorted(expected), strict=True))
     assert all(c.bytes <= 4 * config.hidden_size * config.num_experts for c in router)
 
 
