@@ -71,7 +71,7 @@ def test_collectives(compiled):
     for size in (weights, 2 * weights):
         expected += 2 * [("all-gather", ("fsdp",), size)] + [("reduce-scatter", ("fsdp",), size)]
     assert [c[:2] for c in found] == [c[:2] for c in sorted(expected)]
-    assert all(size <= c[2] <= 1.05 * size for c, (_, _, size) in zip(found, sorted(expected), strict=True))
+    assert all(size <= c[2] <= 17 * size // 16 for c, (_, _, size) in zip(found, sorted(expected), strict=True))
     assert all(c.bytes <= 4 * config.hidden_size * config.num_experts for c in router)
 
 
