@@ -6,7 +6,7 @@ device, from the segments and indices of the very row: a block is visited if som
 is that of the documents' own triangles, a packed row costs what its documents cost, and queries may be any part of the row (a device's
 share of it, for one).
 
-Letters as in `interns1pro_jax.config`: T queries, S keys, Q query heads, K key/value heads, H head width.
+Letters: T queries, S keys, Q query heads, K key/value heads, H head width.
 """
 
 from __future__ import annotations
