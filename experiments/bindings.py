@@ -15,6 +15,7 @@ from interns1pro_jax import config, sharding
 from interns1pro_jax.data import corpus, image_processing, mixture, packing, pipeline, plan
 from interns1pro_jax.infer import sampling
 from interns1pro_jax.optim import optimizer, schedule
+from interns1pro_jax.train.faults import FaultPolicy
 from interns1pro_jax.train.loop import LoopConfig
 from interns1pro_jax.train.step import StepConfig
 
@@ -35,6 +36,7 @@ _DATACLASSES = (
     plan.PipelineConfig,
     sampling.Sampling,
     optimizer.OptimizerConfig,
+    FaultPolicy,
     LoopConfig,
     StepConfig,
 )

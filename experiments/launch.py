@@ -20,7 +20,7 @@ from interns1pro_jax.checkpoint.errors import CheckpointError
 from interns1pro_jax.checkpoint.manager import check_writable
 from interns1pro_jax.config import ConfigError
 from interns1pro_jax.data.records import DataError
-from interns1pro_jax.train.recorder import NonFiniteError
+from interns1pro_jax.train.faults import BadStepError
 
 _GIN_FILE = flags.DEFINE_multi_string("gin_file", [], "Recipe to run; several are read one after the other.")
 _GIN_PARAM = flags.DEFINE_multi_string("gin_param", [], "Binding that overrides the recipe, for example 'train.steps = 10'.")
@@ -67,7 +67,7 @@ def run(workdir: Path, compile_only: bool = False) -> None:
         bindings.platform(compile_only=compile_only)
         check_writable(workdir)
         launch(workdir, compile_only)
-    except (ConfigError, CheckpointError, DataError, NonFiniteError) as error:
+    except (ConfigError, CheckpointError, DataError, BadStepError) as error:
         sys.exit(f"error: {error}")
 
 

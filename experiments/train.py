@@ -73,7 +73,7 @@ def train(
       ConfigError: the model and the data do not fit together: vocabulary, or no tower for a medium of the data.
       DataError: the data is absent or damaged.
       CheckpointError: the workdir holds the checkpoints of another run, or cannot be written.
-      NonFiniteError: see `LoopConfig.skip_nonfinite`.
+      BadStepError: see `FaultPolicy`.
     """
     if compile_only:
         needs, text = compile_step(
@@ -111,7 +111,7 @@ def train(
     with jax.set_mesh(devices):
         optim = make_optimizer(optimizer, schedule)
         network = create_model(model, seed)
-        graphdef, state = init_state(network, optim)
+        graphdef, state = init_state(network, optim, loop.faults)
         parameters = sum(x.size for x in jax.tree.leaves(state.params))
         console.print(f"{parameters:,} parameters on the mesh {dict(devices.shape)}; unigram loss of the held-out text {unigram:.3f}")
         options = compiler_options if jax.default_backend() == "tpu" else None
@@ -133,7 +133,7 @@ def train(
         with CheckpointManager(workdir / "checkpoints", identity, keep_last=keep_checkpoints) as checkpoints:
             state = train_loop(
                 state,
-                make_train_step(graphdef, model.text, optim, step, compiler_options=options),
+                make_train_step(graphdef, model.text, optim, step, loop.faults, compiler_options=options),
                 training,
                 loop,
                 workdir=workdir,

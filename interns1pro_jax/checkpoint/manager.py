@@ -85,6 +85,16 @@ class CheckpointManager:
         """The newest complete checkpoint; None if there is none."""
         return self._orbax.latest_step()
 
+    @property
+    def steps(self) -> list[int]:
+        """All complete checkpoints, the newest last."""
+        return sorted(self._orbax.all_steps())
+
+    def discard_after(self, step: int) -> None:
+        """Removes all checkpoints after `step`."""
+        for later in [x for x in self.steps if x > step]:
+            self._orbax.delete(later)
+
     def save(self, step: int, state: Any, extras: Mapping[str, Any] | None = None) -> None:
         """Starts to save `state`, which may be donated as soon as this returns. Waits for an earlier save that is not done.
 

@@ -1,4 +1,4 @@
-"""AdamW with global-norm clipping, and an update that is applied only where loss and gradients are finite.
+"""AdamW with global-norm clipping, and an update that is applied only where loss and gradients are finite and within limits.
 
 The learning rate is a function of the training step, not of the number of applied updates: a skipped step does not shift the
 schedule, so that the decay ends with the run.
@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jaxtyping import Float
 
 from interns1pro_jax.config import ConfigError
 
@@ -66,17 +67,17 @@ class Update:
     """What one optimizer step returns.
 
     Attributes:
-      params, opt_state: the new values, or the old ones bit for bit where `finite` is False.
+      params, opt_state: the new values, or the old ones bit for bit where `applied` is False.
       grad_norm: float32 scalar, global norm before clipping.
       learning_rate: float32 scalar.
-      finite: bool scalar, whether loss and gradient norm were finite.
+      applied: bool scalar, whether loss and gradient norm were finite and within their limits.
     """
 
     params: Any
     opt_state: optax.OptState
     grad_norm: jax.Array
     learning_rate: jax.Array
-    finite: jax.Array
+    applied: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,12 +92,21 @@ class Optimizer:
         """State of the optimizer; moments have the sharding of their parameters."""
         return self.transform.init(params)
 
-    def update(self, grads: Any, opt_state: optax.OptState, params: Any, step: jax.Array, loss: jax.Array) -> Update:
-        """One update, applied only if `loss` and the norm of `grads` are finite (pure, for use inside jit).
+    def update(
+        self,
+        grads: Any,
+        opt_state: optax.OptState,
+        params: Any,
+        step: jax.Array,
+        loss: jax.Array,
+        limits: Float[jax.Array, " 2"] | None = None,
+    ) -> Update:
+        """One update, applied only if `loss` and the norm of `grads` are finite and within `limits` (pure, for use inside jit).
 
         Args:
           grads: gradients with the structure of `params`, any float dtype; computed with in float32.
           step: int scalar, updates tried so far.
+          limits: the largest loss and norm; None sets none.
         """
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         grad_norm = optax.tree.norm(grads)
@@ -110,9 +120,10 @@ class Optimizer:
             new_params = jax.tree.map(lambda p, x, key: stochastic_round(x, key) if p.dtype == jnp.bfloat16 else x, params, exact, keys)
         else:
             new_params = jax.tree.map(lambda p, x: x.astype(p.dtype), params, exact)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        params, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (new_params, new_opt_state), (params, opt_state))
-        return Update(params, opt_state, grad_norm, learning_rate, finite)
+        judged = jnp.stack([jnp.asarray(loss, jnp.float32), grad_norm])
+        applied = jnp.all(jnp.isfinite(judged) & (judged <= (jnp.inf if limits is None else limits)))
+        params, opt_state = jax.tree.map(lambda new, old: jnp.where(applied, new, old), (new_params, new_opt_state), (params, opt_state))
+        return Update(params, opt_state, grad_norm, learning_rate, applied)
 
 
 def stochastic_round(x: jax.Array, key: jax.Array) -> jax.Array:

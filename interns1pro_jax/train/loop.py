@@ -1,7 +1,7 @@
 """The training loop: feeds batches, records metrics, saves, stops and continues. It knows no model.
 
-Exactness: batch n is a function of n, the step is a pure function, and a checkpoint holds all state and the place in the data.
-So a run that is killed at any moment and started again gives the losses of a run that was not, to the bit.
+Exactness: batch n is a function of n, the step is a pure function, and a checkpoint holds all state, the place in the data and what is
+remembered of bad steps. So a run that is killed at any moment and started again gives the losses of a run that was not, to the bit.
 
 Speed: batches are prepared by a thread, and the metrics of a step are fetched while the next one runs. Only an evaluation and
 the start of a save wait for the device.
@@ -26,16 +26,17 @@ from rich.console import Console
 from interns1pro_jax.checkpoint.errors import CheckpointError
 from interns1pro_jax.checkpoint.manager import CheckpointManager, check_writable
 from interns1pro_jax.config import ConfigError
+from interns1pro_jax.train.faults import STOP_IF_NOT_FINITE, BadStepError, FaultPolicy, Guard, Rewind
 from interns1pro_jax.train.feed import Batches, DataPlace, Feed, place_batch
+from interns1pro_jax.train.journal import SAVE, Journal
 from interns1pro_jax.train.metrics import JsonLines, TensorBoard, Writer
 from interns1pro_jax.train.progress import Progress
-from interns1pro_jax.train.recorder import Metrics, Recorder
+from interns1pro_jax.train.recorder import DUMPS, Metrics, Recorder
 from interns1pro_jax.train.state import TrainState, abstract_state, count_tokens
+from interns1pro_jax.train.watchdog import INTERRUPTED, Watchdog
 
 StepFunction = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 Evaluate = Callable[[TrainState], Mapping[str, float]]
-
-INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: start the same command again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +50,9 @@ class LoopConfig:
       checkpoint_every: steps between checkpoints; None saves only at the end and when told to stop.
       checkpoint_seconds: also save when so many seconds have passed since the last save; for one process only, since the
         clocks of several differ.
-      skip_nonfinite: how many steps in a row with a loss or gradient that is not finite are skipped; one more stops the run.
-        0 stops at the first. The update of such a step is never applied.
+      faults: what becomes of steps that go wrong; that of the step.
+      hang_seconds: a step, evaluation or save that takes longer ends the process, to be started again; None waits for ever. The first
+        step, which compiles, may take any time; evaluations and saves must fit.
       prefetch: batches prepared ahead.
     """
 
@@ -59,20 +61,21 @@ class LoopConfig:
     evaluate_every: int | None = None
     checkpoint_every: int | None = None
     checkpoint_seconds: float | None = None
-    skip_nonfinite: int = 0
+    faults: FaultPolicy = STOP_IF_NOT_FINITE
+    hang_seconds: float | None = None
     prefetch: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("steps", "log_every", "evaluate_every", "checkpoint_every", "checkpoint_seconds", "prefetch"):
+        names = ("steps", "log_every", "evaluate_every", "checkpoint_every", "checkpoint_seconds", "hang_seconds", "prefetch")
+        for name in names:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigError(f"LoopConfig.{name}={value!r} must be positive.")
-        if self.skip_nonfinite < 0:
-            raise ConfigError(
-                f"LoopConfig.skip_nonfinite={self.skip_nonfinite} must not be negative; 0 stops at the first non-finite step."
-            )
         if self.checkpoint_seconds is not None and jax.process_count() > 1:
-            raise ConfigError("LoopConfig.checkpoint_seconds works with one process only; use checkpoint_every.")
+            raise ConfigError(
+                f"LoopConfig.checkpoint_seconds={self.checkpoint_seconds!r} works with one process only, since the clocks of "
+                f"{jax.process_count()} differ; use checkpoint_every."
+            )
 
 
 class Interrupted(SystemExit):
@@ -100,6 +103,7 @@ def train(
     place: Callable[[Any], Any] = place_batch,
     writers: Callable[[Path], Sequence[Writer]] = default_writers,
     console: Console | None = None,
+    journal: Journal | None = None,
 ) -> TrainState:
     """Trains until `config.steps` updates are done in all, from the latest checkpoint if there is one.
 
@@ -107,80 +111,188 @@ def train(
       state: the state to begin with; consumed. Where a checkpoint exists, only its shapes and shardings matter.
       step_fn: `(state, batch) -> (state, metrics)`, for instance of `train.step.make_train_step`. Metrics are scalars (written
         at every step) and small arrays (the last ones are kept in `arrays.npz`), with at least `loss`, `tokens`, `grad_norm`,
-        `learning_rate` and `finite`.
+        `learning_rate` and `applied`.
       batches: batch n as `batches[n]`; a pytree of NumPy arrays.
       data: the place of the batches, where it takes more than the step to find it again.
       evaluate: scalars of the state, recorded as `eval/...`.
       place: puts a host batch on the mesh.
       writers: destinations of scalars; they are used by the first process only.
+      journal: of `workdir`, begun when the process began.
 
     Raises:
       Interrupted: after SIGTERM or SIGINT; the state has been saved. A second signal ends the process at once.
-      NonFiniteError: see `LoopConfig.skip_nonfinite`. Nothing is saved after the step before.
+      BadStepError: see `FaultPolicy`. Nothing is saved after the step before the bad ones.
       CheckpointError: the working directory cannot be written, a save failed, or the checkpoint does not fit.
       ConfigError: the checkpoint is beyond `config.steps`.
     """
     main = jax.process_index() == 0
     if main:
         check_writable(workdir)
+    journal = journal or Journal(workdir, main)
     console = console or Console(quiet=not main)
+    guard = Guard(config.faults)
+    abstract = abstract_state(state)
     restored = checkpoints.latest_step is not None
     if restored:
-        state, extras = _restore(state, checkpoints)
-        if data is not None:
-            if "data" not in extras:
-                raise CheckpointError(f"the checkpoint in {checkpoints.directory} has no place in the data; choose another workdir.")
-            data.restore(extras["data"])
+        with journal.clock("initialise"):
+            state = _restore(state, abstract, checkpoints, None, data, guard)
     start = int(state.step)
     if start > config.steps:
         raise ConfigError(
-            f"the checkpoint in {checkpoints.directory} is of step {start}, but steps={config.steps}; train for at least {start} steps, or "
-            "choose another workdir."
+            f"the checkpoint in {checkpoints.directory} is of step {start}, but LoopConfig.steps={config.steps}; train for at "
+            f"least {start} steps, or choose another workdir."
         )
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(_StopSignal())
+        watchdog = stack.enter_context(Watchdog(config.hang_seconds, workdir / DUMPS, jax.process_index()))
         progress = stack.enter_context(Progress(config.steps, start, config.log_every, console))
-        recorder = Recorder(workdir, writers(workdir) if main else (), progress, config.skip_nonfinite)
+        recorder = Recorder(workdir, writers(workdir) if main else (), progress, guard, journal)
         stack.callback(recorder.close)
         recorder.start(start, count_tokens(state))
+        journal.start(start)
         if restored:
             progress.say(f"continuing from the checkpoint of step {start} in {checkpoints.directory}")
-        saved_at = time.monotonic()
-        for index, host_batch, batch in stack.enter_context(Feed(batches, range(start, config.steps), place, config.prefetch)):
-            state, metrics = step_fn(state, batch)
-            done = index + 1
-            recorder.submit(done, metrics, host_batch, data.metrics() if data is not None else {})
-            stopping, last = stop.requested(done), done == config.steps
-            evaluating = evaluate is not None and (last or _divides(config.evaluate_every, done))
-            saving = last or stopping or _divides(config.checkpoint_every, done)
-            if config.checkpoint_seconds is not None:
-                saving = saving or time.monotonic() - saved_at >= config.checkpoint_seconds
-            if evaluating or saving:
-                # A record is on disk before the checkpoint of its step, so that a continued run has the records of all steps.
-                recorder.finish(functools.partial(evaluate, state) if evaluating and evaluate else None)
-            if saving:
-                checkpoints.save(done, state, {"data": data.state(done)} if data is not None else None)
-                saved_at = time.monotonic()
-            if evaluating or saving:
-                recorder.restart_clock()
-            checkpoints.check()
-            if stopping and not last:
-                checkpoints.wait()
-                progress.say(f"stopped by {stop.name}; step {done} is saved in {checkpoints.directory}: start again to continue")
-                raise Interrupted
-        checkpoints.wait()
-    return state
+        run = _Run(step_fn, batches, config, checkpoints, data, evaluate, place, guard, journal, recorder, progress, watchdog, stop)
+        while True:
+            try:
+                return run.go(state)
+            except Rewind as rewind:
+                state = run.rewind(rewind, abstract)
 
 
-def _restore(state: TrainState, checkpoints: CheckpointManager) -> tuple[TrainState, Mapping[str, Any]]:
-    """The latest checkpoint in the shardings of `state`, and the JSON beside it. The arrays of `state` are given up first: there may
-    be no room for both."""
-    abstract = abstract_state(state)
+@dataclasses.dataclass
+class _Run:
+    """What a run works with from step to step."""
+
+    step_fn: StepFunction
+    batches: Batches
+    config: LoopConfig
+    checkpoints: CheckpointManager
+    data: DataPlace | None
+    evaluate: Evaluate | None
+    place: Callable[[Any], Any]
+    guard: Guard
+    journal: Journal
+    recorder: Recorder
+    progress: Progress
+    watchdog: Watchdog
+    stop: _StopSignal
+
+    def __post_init__(self) -> None:
+        self._compiled = False
+        self._saved_at = time.monotonic()
+        self._seconds_at: dict[int, dict[str, float]] = {}  # of the clock at each save
+        self._state: TrainState | None = None  # the newest one, given up by a rewind
+
+    def go(self, state: TrainState) -> TrainState:
+        """Trains from `state` to the end."""
+        config, clock, start = self.config, self.journal.clock, int(state.step)
+        skipped = self.guard.skipped_batches
+        with Feed(self.batches, range(start + skipped, config.steps + skipped), self.place, config.prefetch) as feed:
+            for index, host_batch, batch in clock.waiting("data", feed):
+                with clock("step" if self._compiled else "compile"):
+                    state, metrics = self.step_fn(state, batch)
+                self._state, done = state, index - skipped + 1
+                with clock("step"):
+                    self.recorder.submit(done, metrics, host_batch, self.data.metrics() if self.data is not None else {})
+                if self._compiled:
+                    self.watchdog.beat(f"step {done + 1}")
+                self._compiled = True
+                self._after(done, state)
+        with clock("save"):
+            self.checkpoints.wait()
+        self.journal.write("end", config.steps)
+        return state
+
+    def _after(self, done: int, state: TrainState) -> None:
+        """Evaluates, saves and stops where it is time to."""
+        config, clock = self.config, self.journal.clock
+        stopping, last = self.stop.requested(done), done == config.steps
+        evaluating = self.evaluate is not None and (last or _divides(config.evaluate_every, done))
+        saving = last or stopping or _divides(config.checkpoint_every, done)
+        if config.checkpoint_seconds is not None:
+            saving = saving or time.monotonic() - self._saved_at >= config.checkpoint_seconds
+        if evaluating or saving:
+            # A record is on disk before the checkpoint of its step, so that a continued run has the records of all steps.
+            with clock("step"):
+                self.recorder.finish(functools.partial(self._evaluate, state) if evaluating else None)
+        if saving:
+            self._save(done, state)
+        if evaluating or saving:
+            self.recorder.restart_clock()
+            self.watchdog.beat(f"step {done + 1}")
+        self.checkpoints.check()
+        if stopping and not last:
+            with clock("save"):
+                self.checkpoints.wait()
+            self.journal.write("stopped", done, by=self.stop.name)
+            self.progress.say(f"stopped by {self.stop.name}; step {done} is saved in {self.checkpoints.directory}: start again to continue")
+            raise Interrupted
+
+    def _evaluate(self, state: TrainState) -> Mapping[str, float]:
+        assert self.evaluate is not None
+        self.watchdog.beat("an evaluation")
+        with self.journal.clock("evaluate"):
+            return self.evaluate(state)
+
+    def _save(self, done: int, state: TrainState) -> None:
+        self.watchdog.beat(f"the save of step {done}")
+        extras: dict[str, Any] = {"faults": self.guard.state()}
+        if self.data is not None:
+            extras["data"] = self.data.state(done + self.guard.skipped_batches)
+        with self.journal.clock("save"):
+            self.checkpoints.save(done, state, extras)
+        self._saved_at = time.monotonic()
+        self._seconds_at[done] = self.journal.clock.seconds
+        self.journal.write(SAVE, done)
+
+    def rewind(self, rewind: Rewind, abstract: TrainState) -> TrainState:
+        """The state of the newest checkpoint from before the bad steps; the batches after it up to the last bad one will not be used.
+
+        Raises:
+          BadStepError: there is no such checkpoint.
+        """
+        clock = self.journal.clock
+        self.watchdog.beat("going back to a checkpoint")
+        with clock("rewound"):
+            self.checkpoints.wait()
+            steps = [step for step in self.checkpoints.steps if step <= rewind.before]
+            if not steps:
+                raise BadStepError(
+                    f"{rewind}. There is no checkpoint of step {rewind.before} or earlier in {self.checkpoints.directory} to go back to "
+                    f"(there are {self.checkpoints.steps or 'none'}); save more often, keep more checkpoints, or leave out that data."
+                ) from rewind
+            offset, rewinds = self.guard.skipped_batches, self.guard.rewinds
+            state = _restore(self._state, abstract, self.checkpoints, steps[-1], self.data, self.guard)
+            self.guard.rewound(steps[-1], rewind.after, offset, rewinds)
+            self.checkpoints.discard_after(steps[-1])
+            self.recorder.start(steps[-1], count_tokens(state))
+            self.progress.restart(steps[-1])
+        clock.move(("data", "step", "save", "evaluate"), "rewound", self._seconds_at.get(steps[-1], {}))
+        self.journal.write("rewind", steps[-1], after=rewind.after, why=str(rewind))
+        self.progress.say(
+            f"{rewind}: back to the checkpoint of step {steps[-1]}, and on with the batches after that of step {rewind.after}; "
+            f"{self.guard.skipped_batches} batches have been left out in all"
+        )
+        return state
+
+
+def _restore(
+    state: TrainState | None, abstract: TrainState, checkpoints: CheckpointManager, step: int | None, data: DataPlace | None, guard: Guard
+) -> TrainState:
+    """A checkpoint, in the shardings of `abstract`. The arrays of `state` are given up first: there may be no room for both."""
     for leaf in jax.tree.leaves(state):
-        if isinstance(leaf, jax.Array):
+        if isinstance(leaf, jax.Array) and not leaf.is_deleted():
             leaf.delete()
-    restored = checkpoints.restore(abstract)
-    return restored.state, restored.extras
+    restored = checkpoints.restore(abstract, step)
+    guard.restore(restored.extras["faults"])
+    if data is not None:
+        if "data" not in restored.extras:
+            raise CheckpointError(
+                f"the checkpoint of step {restored.step} in {checkpoints.directory} has no place in the data; choose another workdir."
+            )
+        data.restore(restored.extras["data"])
+    return restored.state
 
 
 def _divides(every: int | None, step: int) -> bool:

@@ -28,7 +28,7 @@ class Writer(Protocol):
     """A destination of scalars. Implement it to log elsewhere."""
 
     def start(self, step: int) -> None:
-        """Forgets all records after `step`; called once, before the first record."""
+        """Forgets all records after `step`; called before the first record, and when the run goes back to `step`."""
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Adds the record of `step`; steps grow."""
@@ -49,6 +49,7 @@ class JsonLines:
 
     def start(self, step: int) -> None:
         kept = [record for record in read_records(self._path.parent) if record["step"] <= step]
+        self.close()
         replace(self._path, "".join(json.dumps(record) + "\n" for record in kept).encode())
         self._file = self._path.open("a")
 
@@ -77,6 +78,7 @@ class TensorBoard:
         self._file: Any = None
 
     def start(self, step: int) -> None:
+        self.close()
         self._directory.mkdir(parents=True, exist_ok=True)
         self._file = RecordWriter(str(self._directory / f"events.out.tfevents.{time.time_ns()}"))
         self._add(file_version="brain.Event:2")

@@ -44,6 +44,11 @@ class Progress:
             shown[1:1] = [f"grad norm {record['grad_norm']:.3g}", f"lr {record['learning_rate']:.2e}"]
             self.say("  ".join([f"step {step}/{self._total}", *shown, *evaluation]))
 
+    def restart(self, step: int) -> None:
+        """The run is at `step` again."""
+        self._first = None
+        self._bar.update(self._task, completed=step)
+
     def say(self, text: str) -> None:
         """Prints a line above the bar."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)

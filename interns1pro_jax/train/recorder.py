@@ -11,32 +11,31 @@ from typing import Any
 import jax
 import numpy as np
 
-from interns1pro_jax.checkpoint.manager import CheckpointError
+from interns1pro_jax.checkpoint.errors import CheckpointError
+from interns1pro_jax.train.faults import BadStepError, Guard, Rewind, describe
+from interns1pro_jax.train.journal import Journal
 from interns1pro_jax.train.metrics import ARRAYS, Writer, write_npz
 from interns1pro_jax.train.progress import Progress
 
 Metrics = Mapping[str, Any]
 
-_DUMPS = 8  # non-finite steps of a process whose batches are kept
-
-
-class NonFiniteError(RuntimeError):
-    """Loss or gradient is not finite more often than allowed; the message names step, values, and where the batch was dumped."""
+DUMPS = "dumps"
+_KEPT = 8  # bad steps of a process whose batches are kept
 
 
 class Recorder:
     """Fetches the metrics of a step while the next one runs, and writes them."""
 
-    def __init__(self, workdir: Path, writers: Sequence[Writer], progress: Progress, skip_nonfinite: int):
-        self._workdir, self._writers, self._progress, self._skip = workdir, writers, progress, skip_nonfinite
+    def __init__(self, workdir: Path, writers: Sequence[Writer], progress: Progress, guard: Guard, journal: Journal):
+        self._workdir, self._writers, self._progress, self._guard, self._journal = workdir, writers, progress, guard, journal
         self._pending: tuple[int, Metrics, Any, Mapping[str, float]] | None = None
         self._arrays: dict[str, np.ndarray] = {}
-        self._tokens_seen = self._skipped_in_a_row = self._dumped = 0
+        self._tokens_seen = self._dumped = 0
         self._clock: float | None = None
 
     def start(self, step: int, tokens_seen: int) -> None:
-        """Forgets what an earlier process recorded after `step`."""
-        self._tokens_seen = tokens_seen
+        """Forgets what has been recorded after `step`, be it by an earlier process."""
+        self._tokens_seen, self._pending, self._clock = tokens_seen, None, None
         with self._disk():
             for writer in self._writers:
                 writer.start(step)
@@ -85,32 +84,33 @@ class Recorder:
             record["tokens_per_second"] = float(values["tokens"]) / (now - self._clock)
         self._clock = now
         self._arrays = {name: value for name, value in values.items() if value.ndim > 0}
-        error = None if values["finite"] else self._nonfinite(step, values, batch)
-        if error is None and evaluate is not None:
+        verdict = self._judge(step, values, batch)
+        if verdict is None and evaluate is not None:
             record |= {f"eval/{name}": float(value) for name, value in evaluate().items()}
         with self._disk():
             for writer in self._writers:
                 writer.write(step, record)
         self._progress.update(step, record)
-        self._skipped_in_a_row = 0 if values["finite"] else self._skipped_in_a_row
-        if error is not None:
-            raise error
+        if verdict is not None:
+            raise verdict
 
-    def _nonfinite(self, step: int, values: Mapping[str, np.ndarray], batch: Any) -> NonFiniteError | None:
-        """Keeps the batch of a step that was not finite; an error if there have been too many in a row."""
-        self._skipped_in_a_row += 1
-        what = f"step {step}: loss={values['loss']}, gradient norm={values['grad_norm']}; the update was not applied"
-        if self._writers and self._dumped < _DUMPS:
+    def _judge(self, step: int, values: Mapping[str, np.ndarray], batch: Any) -> BadStepError | Rewind | None:
+        """Keeps the batch of a bad step, and asks the guard what follows; None goes on."""
+        if values["applied"]:
+            self._guard.good()
+            return None
+        what = describe(step, values)
+        if self._writers and self._dumped < _KEPT:
             self._dumped += 1
             with self._disk():
-                what += f", its batch and metrics are in {dump(self._workdir / 'dumps' / f'step_{step:08d}', batch, values)}"
-        if self._skipped_in_a_row <= self._skip:
-            self._progress.say(what)
-            return None
-        return NonFiniteError(
-            f"{what}. {self._skipped_in_a_row} such steps in a row, {self._skip} are allowed (skip_nonfinite). Look at the batch, "
-            "lower the learning rate or allow more; starting again continues from the last checkpoint."
-        )
+                what += f", its batch and metrics are in {dump(self._workdir / DUMPS / f'step_{step:08d}', batch, values)}"
+        self._journal.write("bad step", step, what=what)
+        try:
+            self._guard.bad(step, what)
+        except (BadStepError, Rewind) as verdict:
+            return verdict
+        self._progress.say(what)
+        return None
 
     @contextlib.contextmanager
     def _disk(self) -> Iterator[None]:

@@ -136,7 +136,7 @@ def _numbers(records: Sequence[Mapping[str, Any]], data: ReportData) -> list[tup
     if data.held_out is not None:
         rows.append((f"validation loss, all {data.held_out.tokens:,} held-out tokens", f"{data.held_out.loss:.4f}"))
         rows.append(("loss of a unigram model on the same tokens", f"{data.held_out.unigram_loss:.4f}"))
-    rows.append(("steps skipped as not finite", str(sum(r["finite"] == 0 for r in records))))
+    rows.append(("bad steps, not applied", str(sum(r["applied"] == 0 for r in records))))
     return [*rows, *data.facts.items()]
 
 

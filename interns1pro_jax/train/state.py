@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Int, UInt
+from jaxtyping import Array, Float, Int, UInt
 
 from interns1pro_jax.config import ModelConfig
 from interns1pro_jax.models.interns1pro import InternS1Pro
 from interns1pro_jax.optim.optimizer import Optimizer
+from interns1pro_jax.train.faults import STOP_IF_NOT_FINITE, FaultPolicy, empty_history
 
 
 @jax.tree_util.register_dataclass
@@ -29,7 +30,8 @@ class TrainState:
       opt_state: moments and counters of the optimizer; moments have the sharding of their parameters.
       tokens_seen: tokens with a loss so far, as low and high 32 bits (int64 needs a global JAX switch, and float32 stops
         counting at 2**24); see `add_tokens` and `count_tokens`.
-      skipped: steps whose update was not applied because loss or gradient was not finite.
+      skipped: bad steps, whose update was not applied (`train.faults`).
+      history: loss and gradient norm of the last `FaultPolicy.window` good steps, in a ring.
     """
 
     step: Int[Array, ""]
@@ -38,9 +40,10 @@ class TrainState:
     opt_state: optax.OptState
     tokens_seen: UInt[Array, " words"]
     skipped: Int[Array, ""]
+    history: Float[Array, "2 W"]
 
 
-def init_state(model: nnx.Module, optimizer: Optimizer) -> tuple[nnx.GraphDef, TrainState]:
+def init_state(model: nnx.Module, optimizer: Optimizer, faults: FaultPolicy = STOP_IF_NOT_FINITE) -> tuple[nnx.GraphDef, TrainState]:
     """State at step 0, and the static structure that `nnx.merge(graphdef, state.params, state.buffers)` needs."""
     params, buffers = nnx.state(model, nnx.Param, ...)
     return nnx.graphdef(model), TrainState(
@@ -50,6 +53,7 @@ def init_state(model: nnx.Module, optimizer: Optimizer) -> tuple[nnx.GraphDef, T
         opt_state=optimizer.init(params),
         tokens_seen=jnp.zeros((2,), jnp.uint32),
         skipped=jnp.zeros((), jnp.int32),
+        history=empty_history(faults.window),
     )
 
 

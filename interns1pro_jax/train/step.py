@@ -20,6 +20,7 @@ from interns1pro_jax.models.interns1pro import InternS1Pro
 from interns1pro_jax.ops.losses import IGNORED, cross_entropy
 from interns1pro_jax.ops.router_losses import balance_loss, z_loss
 from interns1pro_jax.optim.optimizer import Optimizer
+from interns1pro_jax.train.faults import STOP_IF_NOT_FINITE, FaultPolicy, remember
 from interns1pro_jax.train.state import TrainState, add_tokens
 
 Metrics = dict[str, jax.Array]
@@ -152,17 +153,19 @@ def make_train_step(
     config: TextConfig,
     optimizer: Optimizer,
     step_config: StepConfig = StepConfig(),
+    faults: FaultPolicy = STOP_IF_NOT_FINITE,
     *,
     compiler_options: Mapping[str, str] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The jitted step `(state, batch) -> (state, metrics)`; the state given is consumed (its buffers are reused).
 
     Args:
+      faults: which updates are not applied; that of `init_state`.
       compiler_options: of XLA, as its flags are named without dashes; a backend refuses those that are not its own.
 
-    Metrics are those of `metrics_of`, and `grad_norm` (before clipping), `learning_rate`, `finite` (whether the update was
-    applied), and `router/unselected_grad` per MoE layer: the norm of the straight-through gradient on the logits of experts
-    that were not run, and `router/unselected_grad_norm` over all layers.
+    Metrics are those of `metrics_of`, and `grad_norm` (before clipping), `learning_rate`, `applied` (whether the update was), `limits`
+    (of loss and gradient norm), and `router/unselected_grad` per MoE layer: the norm of the straight-through gradient on the logits
+    of experts that were not run, and `router/unselected_grad_norm` over all layers.
 
     Raises:
       ConfigError: parameters in bfloat16, whose updates would mostly be rounded away unless the optimizer rounds them stochastically.
@@ -197,8 +200,9 @@ def make_train_step(
             stats = None if parts.stats is None else parts.stats.over_rows(0)
             sums = Sums(parts.loss.sum(), parts.labels.sum(), stats)
         metrics = metrics_of(config, sums)
-        update = optimizer.update(grads, state.opt_state, state.params, state.step, loss)
-        metrics |= {"grad_norm": update.grad_norm, "learning_rate": update.learning_rate, "finite": update.finite}
+        limits = faults.limits(state.history)
+        update = optimizer.update(grads, state.opt_state, state.params, state.step, loss, limits)
+        metrics |= {"grad_norm": update.grad_norm, "learning_rate": update.learning_rate, "applied": update.applied, "limits": limits}
         if config.num_moe_layers:
             metrics["router/unselected_grad"] = jnp.sqrt(squares_L)
             metrics["router/unselected_grad_norm"] = jnp.sqrt(squares_L.sum())
@@ -209,7 +213,8 @@ def make_train_step(
                 buffers=state.buffers,
                 opt_state=update.opt_state,
                 tokens_seen=add_tokens(state.tokens_seen, metrics["tokens"]),
-                skipped=state.skipped + jnp.where(update.finite, 0, 1),
+                skipped=state.skipped + jnp.where(update.applied, 0, 1),
+                history=remember(state.history, state.step - state.skipped, loss, update.grad_norm, update.applied),
             ),
             metrics,
         )

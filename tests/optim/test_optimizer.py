@@ -59,7 +59,7 @@ def test_adamw_equals_its_definition(mesh, clip_norm):
     for step, g in enumerate(grads):
         result = update(g, opt_state, params, jnp.int32(step), jnp.float32(1))
         params, opt_state = result.params, result.opt_state
-    assert bool(result.finite)
+    assert bool(result.applied)
     for name, value in values(params).items():
         np.testing.assert_allclose(value, expected[name], rtol=2e-6, atol=2e-6)
 
@@ -102,10 +102,10 @@ def test_a_nonfinite_step_changes_nothing_and_does_not_shift_the_schedule(mesh, 
         grads["norm_D"] = grads["norm_D"].replace(grads["norm_D"][...].at[3].set(value))
     loss = jnp.float32(value if poison == "loss" else 1)
     result = jax.jit(optimizer.update)(grads, opt_state, params, jnp.int32(1), loss)
-    assert not bool(result.finite)
+    assert not bool(result.applied)
     jax.tree.map(np.testing.assert_array_equal, (result.params, result.opt_state), (params, opt_state))
     following = optimizer.update(small_params(2), opt_state, params, jnp.int32(2), jnp.float32(1))
-    assert bool(following.finite) and np.isclose(following.learning_rate, 0.3)
+    assert bool(following.applied) and np.isclose(following.learning_rate, 0.3)
 
 
 def test_decay_takes_the_matrices_of_the_model_and_nothing_else(mesh):

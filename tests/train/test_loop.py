@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import os
+import re
 import signal
 import time
 from types import SimpleNamespace
@@ -19,10 +20,11 @@ from rich.console import Console
 from interns1pro_jax.checkpoint.manager import CheckpointError, CheckpointManager
 from interns1pro_jax.config import ConfigError
 from interns1pro_jax.sharding import make_mesh
+from interns1pro_jax.train.faults import BadStepError, FaultPolicy, empty_history, remember
 from interns1pro_jax.train.feed import Feed, local_rows, place_batch
+from interns1pro_jax.train.journal import read_journal
 from interns1pro_jax.train.loop import INTERRUPTED, Interrupted, LoopConfig, train
 from interns1pro_jax.train.metrics import JsonLines, read_arrays, read_records
-from interns1pro_jax.train.recorder import NonFiniteError
 from interns1pro_jax.train.state import TrainState, add_tokens, count_tokens
 
 
@@ -34,33 +36,46 @@ def make_state() -> TrainState:
         opt_state=(),
         tokens_seen=jnp.zeros(2, jnp.uint32),
         skipped=jnp.int32(0),
+        history=empty_history(WINDOW),
     )
+
+
+WINDOW = 4
+POLICY = FaultPolicy(max_grad_norm=500, spike_deviations=100, window=WINDOW)
 
 
 @jax.jit
 def step_fn(state, batch):
-    """A chaotic map, so that one wrong bit or batch shows in all later losses."""
-    w = state.params["w"][...]
-    finite = jnp.isfinite(batch["x"]).all()
-    w = jnp.where(finite, 3.9 * (w % 1) * (1 - w % 1) + batch["x"].mean() * 1e-3, w)
-    loss = jnp.where(finite, w.sum(), jnp.nan)
-    metrics = dict(loss=loss, tokens=jnp.float32(10), grad_norm=loss, learning_rate=jnp.float32(0.1), finite=finite, load=w.reshape(2, 2))
-    params = nnx.State({"w": state.params["w"].replace(w)})
-    seen = add_tokens(state.tokens_seen, metrics["tokens"])
-    skipped = state.skipped + jnp.where(finite, 0, 1)
-    return dataclasses.replace(state, step=state.step + 1, params=params, tokens_seen=seen, skipped=skipped), metrics
+    """A chaotic map, so that one wrong bit or batch shows in all later losses. Its judgement of bad steps is that of the real one."""
+    x = batch["x"].mean()
+    w = 3.9 * (state.params["w"][...] % 1) * (1 - state.params["w"][...] % 1) + x % 10 * 1e-3
+    loss = jnp.where(x < 1000, w.sum(), x - 1000)
+    limits = POLICY.limits(state.history)
+    good = jnp.isfinite(loss) & (loss <= limits).all()
+    w = jnp.where(good, w, state.params["w"][...])
+    tokens = jnp.float32(10)
+    metrics = dict(loss=loss, tokens=tokens, grad_norm=loss, learning_rate=jnp.float32(0.1), applied=good, load=w.reshape(2, 2))
+    after = dataclasses.replace(
+        state,
+        step=state.step + 1,
+        params=nnx.State({"w": state.params["w"].replace(w)}),
+        tokens_seen=add_tokens(state.tokens_seen, tokens),
+        skipped=state.skipped + jnp.where(good, 0, 1),
+        history=remember(state.history, state.step - state.skipped, loss, loss, good),
+    )
+    return after, metrics | {"limits": limits}
 
 
 class Numbers:
     """Batch n is n everywhere; chosen batches are poisoned, or do something while they are made."""
 
-    def __init__(self, poisoned=(), on=None):
-        self.asked, self.poisoned, self.on = [], poisoned, on or {}
+    def __init__(self, poisoned=(), on=None, poison=np.nan):
+        self.asked, self.poisoned, self.on, self.poison = [], poisoned, on or {}, poison
 
     def __getitem__(self, step):
         self.asked.append(step)
         self.on.get(step, lambda: None)()
-        return {"x": np.full((8, 2), np.nan if step in self.poisoned else step, np.float32)}
+        return {"x": np.full((8, 2), self.poison if step in self.poisoned else step, np.float32)}
 
 
 def run(workdir, steps=10, batches=None, identity=None, step=step_fn, output=None, evaluate=None, data=None, **config):
@@ -78,6 +93,10 @@ def run(workdir, steps=10, batches=None, identity=None, step=step_fn, output=Non
             evaluate=evaluate,
             console=console,
         )
+
+
+def assert_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 def losses(workdir):
@@ -228,7 +247,7 @@ def test_a_finished_run_stays_as_it_is(tmp_path):
     before = (tmp_path / "metrics.jsonl").read_bytes()
     assert int(run(tmp_path, batches=(batches := Numbers())).step) == 10
     assert batches.asked == [] and (tmp_path / "metrics.jsonl").read_bytes() == before
-    with pytest.raises(ConfigError, match="is of step 10, but steps=7"):
+    with pytest.raises(ConfigError, match=r"is of step 10, but LoopConfig\.steps=7"):
         run(tmp_path, steps=7)
 
 
@@ -259,10 +278,10 @@ def test_saves_by_the_clock(tmp_path, monkeypatch, seconds, expected):
 
 def test_a_nonfinite_step_stops_the_run_and_keeps_its_batch(tmp_path):
     output = io.StringIO()
-    with pytest.raises(NonFiniteError) as error:
+    with pytest.raises(BadStepError) as error:
         run(tmp_path, batches=Numbers(poisoned=[6]), output=output)
     dumped = tmp_path / "dumps" / "step_00000007"
-    for part in ("step 7: loss=nan, gradient norm=nan", "not applied", str(dumped), "skip_nonfinite", "from the last checkpoint"):
+    for part in ("step 7 is bad: loss nan", "not applied", str(dumped), "FaultPolicy.skip", "from the last checkpoint"):
         assert part in str(error.value)
     with np.load(dumped / "batch.npz") as batch, np.load(dumped / "metrics.npz") as metrics:
         assert np.isnan(batch["x"]).all() and batch["x"].shape == (8, 2)
@@ -273,11 +292,72 @@ def test_a_nonfinite_step_stops_the_run_and_keeps_its_batch(tmp_path):
 
 def test_nonfinite_steps_are_skipped_where_that_is_allowed(tmp_path):
     output = io.StringIO()
-    state = run(tmp_path, batches=Numbers(poisoned=[2, 3, 6]), skip_nonfinite=2, output=output)
+    state = run(tmp_path, batches=Numbers(poisoned=[2, 3, 6]), faults=FaultPolicy(skip=2), output=output)
     assert int(state.skipped) == 3 and int(state.step) == 10 and np.isfinite(losses(tmp_path)[-1][1])
-    assert output.getvalue().count("the update was not applied") == 3
-    with pytest.raises(NonFiniteError, match="3 such steps in a row, 2 are allowed"):
-        run(tmp_path / "more", batches=Numbers(poisoned=[2, 3, 4]), skip_nonfinite=2)
+    assert output.getvalue().count("its update was not applied") == 3
+    with pytest.raises(BadStepError, match="3 bad steps in a row, 2 are passed over"):
+        run(tmp_path / "more", batches=Numbers(poisoned=[2, 3, 4]), faults=FaultPolicy(skip=2))
+
+
+@pytest.mark.parametrize(
+    ("poison", "said"), [(1400, r"loss 400 \(limit \d+\.?\d*\)"), (3000, r"gradient norm 2000 \(limit"), (np.inf, "loss inf")]
+)
+def test_spikes_large_gradients_and_infinities_are_skipped_and_do_not_count_as_normal(tmp_path, poison, said):
+    output = io.StringIO()
+    state = run(tmp_path, batches=Numbers(poisoned=[6], poison=poison), faults=FaultPolicy(skip=1), output=output)
+    assert int(state.skipped) == 1 and re.search(f"step 7 is bad: .*{said}", output.getvalue())
+    assert np.asarray(state.history).max() < 4
+    with pytest.raises(BadStepError, match="1 bad steps in a row, 0 are passed over"):
+        run(tmp_path / "stops", batches=Numbers(poisoned=[6], poison=poison))
+
+
+REWIND = FaultPolicy(skip=1, then="rewind", max_rewinds=2)
+
+
+def test_rewinds_leave_out_the_batches_since_the_checkpoint(tmp_path):
+    """Batches 6 and 7 are bad: from the checkpoint of step 4 the run goes on with batch 8; then 12 and 13: from 8 on with 14."""
+    batches, output = Numbers(poisoned=[6, 7, 12, 13]), io.StringIO()
+    state = run(tmp_path, batches=batches, faults=REWIND, output=output)
+    expected = make_state()
+    for batch in (0, 1, 2, 3, 8, 9, 10, 11, 14, 15):
+        expected, _ = step_fn(expected, Numbers()[batch])
+    assert_equal(state, expected)
+    assert [step for step, *_ in losses(tmp_path)] == list(range(1, 11))
+    said = re.findall(r"back to the checkpoint of step (\d+), and on .* after that of step (\d+); (\d+) batches", output.getvalue())
+    assert said == [("4", "8", "4"), ("8", "10", "6")]
+    rewinds = [(line["step"], line["after"]) for line in read_journal(tmp_path) if line["event"] == "rewind"]
+    assert rewinds == [(4, 8), (8, 10)]
+
+
+def test_a_run_that_is_killed_after_a_rewind_goes_on_as_if_it_had_not_been(tmp_path):
+    def fail():
+        raise OSError("gone")
+
+    run(tmp_path / "whole", batches=Numbers(poisoned=[6, 7, 10]), faults=REWIND)
+    for at in (7, 9, 13):
+        with pytest.raises(OSError, match="gone"):
+            run(tmp_path / "broken", batches=Numbers(poisoned=[6, 7, 10], on={at: fail}), faults=REWIND)
+    run(tmp_path / "broken", batches=Numbers(poisoned=[6, 7, 10]), faults=REWIND)
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("poisoned", "message"),
+    [
+        ([1, 2], "no checkpoint of step 1 or earlier .* save more often"),
+        (range(6, 30), r"after 2 rewinds of 2 \(FaultPolicy.max_rewinds\)"),
+    ],
+)
+def test_a_rewind_that_cannot_help_stops_the_run(tmp_path, poisoned, message):
+    with pytest.raises(BadStepError, match=message):
+        run(tmp_path, batches=Numbers(poisoned=poisoned), faults=REWIND)
+
+
+@pytest.mark.parametrize("wrong", [dict(max_grad_norm=0), dict(window=1), dict(skip=-1), dict(then="hope"), dict(spike_deviations=-6.0)])
+def test_impossible_policies_are_named(wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(ConfigError, match=f"FaultPolicy.{name}={value!r}"):
+        FaultPolicy(**wrong)
 
 
 def test_a_failed_save_ends_the_run_with_its_error(tmp_path, monkeypatch):
@@ -314,7 +394,7 @@ def test_an_unwritable_workdir_is_named_before_anything_runs(tmp_path):
     assert b.asked == []
 
 
-@pytest.mark.parametrize("wrong", [dict(steps=0), dict(log_every=-1), dict(checkpoint_every=0), dict(skip_nonfinite=-1), dict(prefetch=0)])
+@pytest.mark.parametrize("wrong", [dict(steps=0), dict(log_every=-1), dict(checkpoint_every=0), dict(hang_seconds=0), dict(prefetch=0)])
 def test_impossible_values_are_named(wrong):
     ((name, value),) = wrong.items()
     with pytest.raises(ConfigError, match=f"LoopConfig.{name}={value}"):

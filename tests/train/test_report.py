@@ -11,11 +11,11 @@ def write_records(workdir, evaluations=True):
     writer = JsonLines(workdir)
     writer.start(0)
     for step in range(1, 41):
-        record = dict(loss=5 / step, tokens=10.0, grad_norm=1 / step, learning_rate=1e-3, finite=1.0, tokens_seen=10 * step)
+        record = dict(loss=5 / step, tokens=10.0, grad_norm=1 / step, learning_rate=1e-3, applied=1.0, tokens_seen=10 * step)
         if step > 1:
             record["tokens_per_second"] = 1234.0
         if step == 7:
-            record |= dict(loss=float("nan"), grad_norm=float("inf"), finite=0.0)
+            record |= dict(loss=float("nan"), grad_norm=float("inf"), applied=0.0)
         if evaluations and step % 20 == 0:
             record["eval/loss"] = 5.25 - step / 10
         writer.write(step, record)
@@ -44,7 +44,7 @@ def test_a_full_report(tmp_path):
     for part in (
         "# Demo", "| validation loss, all 12,345 held-out tokens | 1.3750 |", "| loss of a unigram model on the same tokens | 6.5000 |",
         "| validation loss, last during training (a part of the held-out data) | 1.2500 |", "| image | 1.000 | 2.250 | 3.500 |",
-        "| steps skipped as not finite | 1 |", "| parameters | 1,000 |", "| tokens with a loss | 400 |", "| tokens/s, median | 1,234 |",
+        "| bad steps, not applied | 1 |", "| parameters | 1,000 |", "| tokens with a loss | 400 |", "| tokens/s, median | 1,234 |",
         "`````text\n````\n# not a heading\n`````", "train.steps = 40", "| jax |",
     ):  # fmt: skip
         assert part in text
