@@ -10,9 +10,11 @@ from typing import Any
 import gin
 import jax
 
+from experiments.expand import expand
 from experiments.train import train
 from interns1pro_jax import config, sharding
 from interns1pro_jax.data import corpus, image_processing, mixture, packing, pipeline, plan
+from interns1pro_jax.expansion.assignment import ExpansionConfig
 from interns1pro_jax.infer import sampling
 from interns1pro_jax.optim import optimizer, schedule
 from interns1pro_jax.train.faults import FaultPolicy
@@ -37,10 +39,11 @@ _DATACLASSES = (
     sampling.Sampling,
     optimizer.OptimizerConfig,
     FaultPolicy,
+    ExpansionConfig,
     LoopConfig,
     StepConfig,
 )
-_FUNCTIONS = (schedule.warmup_stable_decay, schedule.constant, train)
+_FUNCTIONS = (schedule.warmup_stable_decay, schedule.constant, expand, train)
 
 
 def register() -> None:

@@ -99,19 +99,11 @@ def export_model(
     tensors = _tensor_specs(units, config, np.dtype(dtype or config.text.dtype), like)
     files = split_into_files(directory, tensors, max_file_bytes)
     _check_finite(state)
-    _first_alone(lambda: _prepare(directory, files, identity))
+    _first_alone(lambda: start_export(directory, files, identity))
     _Job(state, config, files, like, progress).run(units)
     if jax.process_index() == 0:
-        if carry is not None:
-            _carry_along(carry, directory)
-        write_json(directory / "config.json", _config_json(config, dtype))
-        write_index(directory, files)
-        (directory / _UNFINISHED).unlink()
+        finish_export(directory, files, config if dtype is None else config.with_dtypes(dtype), carry)
     _everyone("export is done")
-
-
-def _config_json(config: ModelConfig, dtype: str | None) -> dict[str, Any]:
-    return (config if dtype is None else config.with_dtypes(dtype)).to_hf()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,8 +203,12 @@ def _check_finite(state: Mapping[str, jax.Array]) -> None:
         raise CheckpointError(f"weights are NaN or infinite in {', '.join(bad[:8])} ({len(bad)} parameters); export an earlier checkpoint.")
 
 
-def _prepare(directory: Path, files: Sequence[OutputFile], identity: str) -> None:
-    """Checks that the directory is empty or holds the beginning of this export, and makes room for the rest."""
+def start_export(directory: Path, files: Sequence[OutputFile], identity: str) -> None:
+    """Checks that the directory is empty or holds the beginning of this export, and makes room for the rest.
+
+    Raises:
+      CheckpointError: it holds something else, or there is too little space. Nothing has been written then.
+    """
     check_writable(directory)
     plan = {"of": identity, "files": {file.path.name: file.size for file in files}}
     marker = directory / _UNFINISHED
@@ -228,6 +224,15 @@ def _prepare(directory: Path, files: Sequence[OutputFile], identity: str) -> Non
     for file in files:
         if not file.is_complete():
             file.create()
+
+
+def finish_export(directory: Path, files: Sequence[OutputFile], config: ModelConfig, carry: Path | None) -> None:
+    """Writes what stands beside the files of weights, once these are complete, the index last."""
+    if carry is not None:
+        _carry_along(carry, directory)
+    write_json(directory / "config.json", config.to_hf())
+    write_index(directory, files)
+    (directory / _UNFINISHED).unlink()
 
 
 def _first_alone(work: Callable[[], None]) -> None:

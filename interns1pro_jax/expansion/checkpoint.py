@@ -1,0 +1,260 @@
+"""Applies a manifest to a checkpoint in the released layout: reads each tensor once and writes it wherever a copy of it belongs.
+
+Nothing is computed but router noise and new Fourier coefficients, so that all else is the source's to the byte, FP8 values and scales
+included, and the host holds a few tensors at a time, whatever the model's size. Like an export it is complete or absent, and goes on with
+the next file where it was interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import threading
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+
+from interns1pro_jax.checkpoint.errors import CheckpointError
+from interns1pro_jax.checkpoint.hf_export import MAX_FILE_BYTES, Progress, finish_export, released_scheme, start_export
+from interns1pro_jax.checkpoint.hf_import import check_fit
+from interns1pro_jax.checkpoint.hf_names import HfParameter, hf_parameters
+from interns1pro_jax.checkpoint.safetensors_io import DTYPES, Checkpoint
+from interns1pro_jax.checkpoint.safetensors_writer import OutputFile, TensorSpec, split_into_files
+from interns1pro_jax.config import ModelConfig
+from interns1pro_jax.expansion.manifest import FILE, Manifest
+from interns1pro_jax.ops.fope import initial_coefficients
+
+_WORKERS = 4
+_SCALE_SUFFIX = "_scale_inv"
+_ROUTER, _COEFFICIENTS = ".moe.router.kernel_DE", "text.fope."
+
+
+class _Copy(NamedTuple):
+    """Where a tensor of the source goes.
+
+    Attributes:
+      source: its name, "" for new coefficients.
+      targets: names in the grown checkpoint.
+      layer: index among the MoE layers, for a router.
+      part: of a tensor that holds all experts of a layer, the layouts and the slices that make this one; None for a tensor as it is.
+    """
+
+    source: str
+    targets: tuple[str, ...]
+    layer: int | None = None
+    part: tuple[HfParameter, HfParameter, int, int] | None = None
+
+
+def fingerprint(checkpoint: Checkpoint, config: ModelConfig) -> str:
+    """Tells checkpoints apart: SHA-256 of the names, dtypes and shapes of all tensors, and of the values of all routers.
+
+    Raises:
+      CheckpointError: the checkpoint does not fit the config; all misfits are named.
+    """
+    parameters = _parameters(checkpoint, config)
+    check_fit(checkpoint, config, list(parameters.values()))
+    content = hashlib.sha256()
+    for name in sorted(checkpoint):
+        content.update(f"{name} {checkpoint[name].dtype} {checkpoint[name].shape}\n".encode())
+    for parameter in parameters.values():
+        if parameter.path.endswith(_ROUTER):
+            for _, _, name in parameter.tensors():
+                content.update(np.ascontiguousarray(checkpoint.read(name)).view(np.uint8).data)
+    return content.hexdigest()
+
+
+def moe_layers(config: ModelConfig) -> tuple[int, ...]:
+    """Numbers of the layers with experts."""
+    return tuple(layer for layer in range(config.text.num_hidden_layers) if config.text.is_moe(layer))
+
+
+def expand_checkpoint(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    manifest: Manifest,
+    directory: Path,
+    *,
+    max_file_bytes: int = MAX_FILE_BYTES,
+    progress: Progress = lambda done, total: None,
+) -> ModelConfig:
+    """Writes the grown checkpoint, in the released layout, with its manifest (`expansion.json`) and the source's tokenizer and processor
+    files beside the weights.
+
+    Args:
+      checkpoint, config: the source.
+      directory: to make.
+      progress: told after every tensor, of the scan for values that are not finite first, then of the writing.
+
+    Returns:
+      the configuration of the grown model.
+
+    Raises:
+      CheckpointError: the source does not fit its config or has values that are not finite; the directory holds something else, or has too
+        little space. Nothing has been written then.
+      ConfigError: the manifest is of another checkpoint, or the source cannot grow so.
+    """
+    grown = manifest.expansion.target(config)
+    manifest.check(fingerprint(checkpoint, config), moe_layers(config), config.text.num_experts)
+    if config.quantization is not None:
+        scheme = dataclasses.replace(config.quantization, modules_to_not_convert=released_scheme(grown).modules_to_not_convert)
+        grown = dataclasses.replace(grown, quantization=scheme)
+    copies = list(_copies(checkpoint, config, grown, manifest))
+    tensors = _specs(checkpoint, copies, grown)
+    files = split_into_files(directory, tensors, max_file_bytes)
+    _check_finite(checkpoint, progress)
+    start_export(directory, files, manifest.fingerprint)
+    _write(checkpoint, copies, manifest, files, progress)
+    manifest.save(directory / FILE)
+    finish_export(directory, files, grown, checkpoint.directory)
+    return grown
+
+
+def router_rows(
+    rows_ED: Float[np.ndarray, "E D"], slots_GS: Int[np.ndarray, "G S"], noise: float, seed: int, layer: int
+) -> Float[np.ndarray, "slots D"]:
+    """The grown router's rows, in the source's dtype: the source expert's for every slot, with Gaussian noise of `noise` times the standard
+    deviation of the row's entries."""
+    rows_SD = rows_ED[slots_GS.ravel()]
+    if noise == 0:
+        return rows_SD
+    # The streams of NumPy's new generators may change with its version; those of this one may not (NEP 19).
+    random = np.random.RandomState(zlib.crc32(f"noise {seed} {layer}".encode()))
+    exact_SD = rows_SD.astype(np.float64)
+    scale_S1 = noise * exact_SD.std(axis=1, keepdims=True)
+    return (exact_SD + scale_S1 * random.standard_normal(exact_SD.shape)).astype(rows_ED.dtype)
+
+
+def _parameters(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, HfParameter]:
+    fused = any(name.endswith(".mlp.experts.gate_up_proj") for name in checkpoint)
+    return {parameter.path: parameter for parameter in hf_parameters(config, fused_experts=fused)}
+
+
+def _copies(checkpoint: Checkpoint, config: ModelConfig, grown: ModelConfig, manifest: Manifest) -> Iterator[_Copy]:
+    """Every tensor of the source once, or once for each of its parts, layer by layer."""
+    sources = _parameters(checkpoint, config)
+    first_of_run = {f"text.runs.{run}.": first for run, (_, first, _) in enumerate(config.text.layer_runs)}
+    index_of = {layer: index for index, layer in enumerate(manifest.layers)}
+    plan: list[tuple[int, _Copy]] = []
+    for target in hf_parameters(grown):
+        if target.path.startswith(_COEFFICIENTS) and target.path not in sources:
+            plan += [(-1, _Copy("", (name,))) for _, _, name in target.tensors()]
+            continue
+        source = sources[target.path]
+        first = next((first for run, first in first_of_run.items() if target.path.startswith(run)), None)
+        names = {(position, number): name for position, number, name in target.tensors()}
+        if "E" not in dict(target.stack):
+            for position, number, name in source.tensors():
+                layer = -1 if first is None else first + position[0]
+                router = index_of[layer] if target.path.endswith(_ROUTER) else None
+                plan.append((layer, _Copy(name, (names[position, number],), router)))
+            continue
+        assert first is not None
+        from_names = {(position, number): name for position, number, name in source.tensors()}
+        for offset in range(len(dict(target.stack)["L"])):
+            slots = manifest.slots_LGS[index_of[first + offset]].ravel()
+            for expert in range(config.text.num_experts):
+                places = np.flatnonzero(slots == expert).tolist()
+                for number in range(len(target.names)):
+                    targets = tuple(names[(offset, place), number] for place in places)
+                    if "E" in dict(source.stack):
+                        plan.append((first + offset, _Copy(from_names[(offset, expert), number], targets)))
+                    else:
+                        plan.append((first + offset, _Copy(from_names[(offset,), 0], targets, None, (source, target, expert, number))))
+    # What the architecture fixes, and the source stores all the same (`check_fit` has let nothing else pass), is stored again.
+    stored = {name for parameter in sources.values() for _, _, name in parameter.tensors()}
+    known = [name for name in checkpoint if name.removesuffix(_SCALE_SUFFIX) not in stored and not name.endswith("rotary_emb.inv_freq")]
+    plan += [(-1, _Copy(name, (name,))) for name in known]
+    for _, copy in sorted(plan, key=lambda entry: entry[0]):
+        yield copy
+        if copy.source + _SCALE_SUFFIX in checkpoint:
+            if copy.part is not None:
+                raise CheckpointError(
+                    f"{copy.source} holds all experts of a layer in FP8, which cannot be taken apart as it is; convert the source to "
+                    "bfloat16 first (python -m tools.convert ... --quantization none)."
+                )
+            yield _Copy(copy.source + _SCALE_SUFFIX, tuple(name + _SCALE_SUFFIX for name in copy.targets))
+
+
+def _specs(checkpoint: Checkpoint, copies: Sequence[_Copy], grown: ModelConfig) -> dict[str, TensorSpec]:
+    """The tensors of the grown checkpoint, in the order in which they are stored."""
+    shapes = {name: parameter.layout.stored_shape for parameter in hf_parameters(grown) for _, _, name in parameter.tensors()}
+    return {
+        name: TensorSpec(
+            DTYPES[checkpoint[copy.source].dtype] if copy.source else np.dtype(np.float32),
+            shapes[name] if name in shapes else checkpoint[copy.source].shape,
+        )
+        for copy in copies
+        for name in copy.targets
+    }
+
+
+def _check_finite(checkpoint: Checkpoint, progress: Progress) -> None:
+    """Reads everything once; a NaN that is copied k times is found late."""
+    total, done, bad = sum(info.nbytes for info in checkpoint.values()), 0, []
+    with ThreadPoolExecutor(_WORKERS) as pool:
+
+        def is_finite(name: str) -> bool:
+            return bool(np.isfinite(checkpoint.read(name).astype(np.float32)).all())
+
+        for name, finite in zip(checkpoint, pool.map(is_finite, checkpoint), strict=True):
+            bad += [] if finite else [name]
+            done += checkpoint[name].nbytes
+            progress(done, total)
+    if bad:
+        raise CheckpointError(
+            f"{checkpoint.directory} has values that are NaN or infinite in {', '.join(bad[:8])} ({len(bad)} tensors); take another."
+        )
+
+
+def _write(checkpoint: Checkpoint, copies: Sequence[_Copy], manifest: Manifest, files: Sequence[OutputFile], progress: Progress) -> None:
+    complete = {file.path for file in files if file.is_complete()}
+    file_of = {name: file for file in files for name in file.tensors if file.path not in complete}
+    left = Counter({file.path: len(file.tensors) for file in files if file.path not in complete})
+    total, done, lock = sum(file.tensors[name].nbytes for name, file in file_of.items()), 0, threading.Lock()
+
+    def place(copy: _Copy) -> None:
+        nonlocal done
+        targets = [name for name in copy.targets if name in file_of]
+        if not targets:
+            return
+        values = _values(checkpoint, copy, manifest, file_of[targets[0]].tensors[targets[0]])
+        for name in targets:
+            file = file_of[name]
+            file.write(name, values)
+            with lock:
+                left[file.path] -= 1
+                done += values.nbytes
+                last = left[file.path] == 0
+                progress(done, total)
+            if last:
+                file.finish()
+
+    with ThreadPoolExecutor(_WORKERS) as pool:
+        for _ in pool.map(place, copies):
+            pass
+
+
+def _values(checkpoint: Checkpoint, copy: _Copy, manifest: Manifest, spec: TensorSpec) -> np.ndarray:
+    expansion = manifest.expansion
+    if not copy.source:
+        assert expansion.fope is not None
+        seed = zlib.crc32(f"{copy.targets[0].rpartition('.')[2]} {expansion.seed}".encode())
+        return np.asarray(initial_coefficients(jax.random.key(seed), spec.shape, expansion.fope.init_factor), np.float32)
+    if copy.layer is not None:
+        slots_GS = manifest.slots_LGS[copy.layer]
+        return router_rows(checkpoint.read(copy.source), slots_GS, expansion.noise, expansion.seed, manifest.layers[copy.layer])
+    if copy.part is None:
+        return checkpoint.read(copy.source)
+    source, target, expert, number = copy.part
+    width = target.layout.shape[-1]
+    whole = [slice(0, size) for size in target.layout.shape[:-1]]
+    stored, layout, rest = source.layout.restrict([slice(expert, expert + 1), *whole, slice(number * width, (number + 1) * width)])
+    ours = layout.apply(checkpoint.read(copy.source, stored))[rest]
+    return target.layout.inverse().apply(ours[0])
