@@ -21,8 +21,10 @@ from rich.console import Console
 
 from experiments.compile_only import compile_step, write
 from interns1pro_jax import sharding
+from interns1pro_jax.checkpoint.hf_import import load_model
 from interns1pro_jax.checkpoint.manager import CheckpointManager
-from interns1pro_jax.config import ModelConfig
+from interns1pro_jax.checkpoint.weights import read_weights
+from interns1pro_jax.config import ConfigError, ModelConfig
 from interns1pro_jax.data.corpus import Corpus
 from interns1pro_jax.data.examples import Example
 from interns1pro_jax.data.unigram import unigram_loss
@@ -55,6 +57,7 @@ def train(
     loop: LoopConfig,
     step: StepConfig,
     compiler_options: Mapping[str, str] = MappingProxyType({}),
+    weights: str | None = None,
     seed: int = 0,
     keep_checkpoints: int = 2,
     sampling: Sampling = GREEDY,
@@ -65,12 +68,13 @@ def train(
     """Trains `model` on `corpus`, evaluates it on held-out documents and writes `report.md` to `workdir`.
 
     The model's vocabulary and placeholder ids are those of the corpus's tokenizer. A run that was stopped or killed goes on from
-    its last checkpoint when it is started again with the same workdir. All that the report needs of the data is made before
-    training begins. With `compile_only` it compiles the step for the mesh's topology instead, for which it needs neither data nor
-    TPU, and writes what it needs (`experiments.compile_only`).
+    its last checkpoint when it is started again with the same workdir. It begins with random weights, or with those of `weights`: a
+    directory in the released layout, or of another run's checkpoints. All that the report needs of the data is made before training
+    begins. With `compile_only` it compiles the step for the mesh's topology instead, for which it needs neither data nor TPU, and writes
+    what it needs (`experiments.compile_only`).
 
     Raises:
-      ConfigError: the model and the data do not fit together: vocabulary, or no tower for a medium of the data.
+      ConfigError: the model and the data do not fit together (vocabulary, or no tower for a medium of the data), or the weights and the model.
       DataError: the data is absent or damaged.
       CheckpointError: the workdir holds the checkpoints of another run, or cannot be written.
       BadStepError: see `FaultPolicy`.
@@ -131,6 +135,8 @@ def train(
         some_held_out = list(itertools.islice(held_out.in_order(), corpus.evaluation_batches))
         identity = run_identity(model, corpus, tokenizer.fingerprint, optimizer, seed)
         with CheckpointManager(workdir / "checkpoints", identity, keep_last=keep_checkpoints) as checkpoints:
+            if weights is not None and checkpoints.latest_step is None:
+                state = _start_from(state, Path(weights), model)
             state = train_loop(
                 state,
                 make_train_step(graphdef, model.text, optim, step, loop.faults, compiler_options=options),
@@ -179,6 +185,36 @@ def train(
                 ),
             )
             console.print(f"report: {report}")
+
+
+def _start_from(state: TrainState, directory: Path, model: ModelConfig) -> TrainState:
+    """The state with the weights of a directory in place of the random ones, which go first: there may be no room for both."""
+    released = (directory / "config.json").exists()
+    if released:
+        _check_same(model, ModelConfig.from_hf(directory), directory)
+    for leaf in jax.tree.leaves((state.params, state.buffers)):
+        leaf.delete()
+    dtypes = dict(dtype=model.text.dtype, param_dtype=model.text.param_dtype)
+    network = load_model(directory, model) if released else read_weights(directory, **dtypes)[0]
+    _check_same(model, network.config, directory)
+    params, buffers = nnx.state(network, nnx.Param, ...)
+    return dataclasses.replace(state, params=params, buffers=buffers)
+
+
+# What may differ between a recipe's model and the weights that it starts from: the run's own choices, and what changes no function.
+_OF_THE_RUN = ("dtype", "param_dtype", "router", "initializer_range", "bos_token_id", "eos_token_id")
+
+
+def _check_same(model: ModelConfig, stored: ModelConfig, directory: Path) -> None:
+    differing = []
+    for part in ("text", "vision", "time_series"):
+        ours, theirs = ({} if x is None else dataclasses.asdict(x) for x in (getattr(model, part), getattr(stored, part)))
+        keys = sorted((ours.keys() | theirs.keys()) - set(_OF_THE_RUN))
+        differing += [
+            f"{part}.{k}: {theirs.get(k, 'absent')} there, {ours.get(k, 'absent')} here" for k in keys if ours.get(k) != theirs.get(k)
+        ]
+    if differing:
+        raise ConfigError(f"the weights in {directory} are of another model ({'; '.join(differing[:6])}); bind the model to their sizes.")
 
 
 def run_identity(model: ModelConfig, corpus: Corpus, tokenizer: str, optimizer: OptimizerConfig, seed: int) -> dict[str, Any]:

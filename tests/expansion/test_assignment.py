@@ -134,5 +134,5 @@ def test_counts_of_another_model_or_none_are_named():
         assign(ExpansionConfig(), 3, 16, COUNTS)
     with pytest.raises(ConfigError, match="no tokens"):
         assign(ExpansionConfig(), 2, 16, RoutingCounts(COUNTS.ranks_LEK * 0, COUNTS.pairs_LEE * 0, 2))
-    with pytest.raises(ConfigError, match="9 distinct experts .* activates only 8"):
+    with pytest.raises(ConfigError, match=r"9 distinct experts .* activates only 8"):
         count_routing(routing(), np.ones(400, bool), 16, depth=9)
