@@ -74,7 +74,7 @@ def train(
     what it needs (`experiments.compile_only`).
 
     Raises:
-      ConfigError: the model and the data do not fit together (vocabulary, or no tower for a medium of the data), or the weights and the model.
+      ConfigError: the model does not fit the data (vocabulary, or no tower for a medium of the data) or the weights.
       DataError: the data is absent or damaged.
       CheckpointError: the workdir holds the checkpoints of another run, or cannot be written.
       BadStepError: see `FaultPolicy`.
@@ -194,8 +194,10 @@ def _start_from(state: TrainState, directory: Path, model: ModelConfig) -> Train
         _check_same(model, ModelConfig.from_hf(directory), directory)
     for leaf in jax.tree.leaves((state.params, state.buffers)):
         leaf.delete()
-    dtypes = dict(dtype=model.text.dtype, param_dtype=model.text.param_dtype)
-    network = load_model(directory, model) if released else read_weights(directory, **dtypes)[0]
+    if released:
+        network = load_model(directory, model)
+    else:
+        network, _ = read_weights(directory, dtype=model.text.dtype, param_dtype=model.text.param_dtype)
     _check_same(model, network.config, directory)
     params, buffers = nnx.state(network, nnx.Param, ...)
     return dataclasses.replace(state, params=params, buffers=buffers)
