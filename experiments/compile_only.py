@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -36,9 +35,11 @@ def compile_step(
     step: StepConfig,
     compiler_options: Mapping[str, str],
     title: str,
+    keep: Path | None = None,
 ) -> tuple[StepReport, str]:
     """Compiles the step that a run of these arguments would take: for the topology of `mesh`, or where it has none for as many CPU
-    devices, which tells memory and work but no times. Returns the report and the text of the program.
+    devices, which tells memory and work but no times. Returns the report and the text of the program. A program that `keep` holds
+    (`aot.compile_for`) is not compiled again.
 
     Raises:
       ConfigError: the arguments contradict each other, or the step does not fit the memory of a device; with the numbers.
@@ -55,9 +56,9 @@ def compile_step(
                 f"parameters, gradients and optimizer alone need {needed / GIB:.1f} GiB of each of {target.size} devices, which have "
                 f"{hardware.hbm / GIB:.2f}; use more devices, or OptimizerConfig.moment_dtype='bfloat16'."
             )
-        step_fn = make_train_step(graphdef, model.text, optim, step, compiler_options=compiler_options if mesh.topology else None)
-        start = time.perf_counter()
-        program = aot.compile_for(target, step_fn, state, batch)
+        step_fn = make_train_step(graphdef, model.text, optim, step)
+        options = compiler_options if mesh.topology else None
+        program = aot.compile_for(target, step_fn, state, batch, compiler_options=options, keep=keep)
         report = make_report(
             program,
             target,
@@ -68,7 +69,6 @@ def compile_step(
             row=pipeline.row,
             state=state,
             batch=batch,
-            seconds=time.perf_counter() - start,
         )
         return report, program.text
 

@@ -71,7 +71,7 @@ def train(
     its last checkpoint when it is started again with the same workdir. It begins with random weights, or with those of `weights`: a
     directory in the released layout, or of another run's checkpoints. All that the report needs of the data is made before training
     begins. With `compile_only` it compiles the step for the mesh's topology instead, for which it needs neither data nor TPU, and writes
-    what it needs (`experiments.compile_only`).
+    what it needs (`experiments.compile_only`); a program that the workdir holds already is not compiled again.
 
     Raises:
       ConfigError: the model does not fit the data (vocabulary, or no tower for a medium of the data) or the weights.
@@ -89,6 +89,7 @@ def train(
             step=step,
             compiler_options=compiler_options,
             title=title,
+            keep=workdir / "step.json.gz",
         )
         write(needs, text, workdir, Console())
         return

@@ -2,23 +2,19 @@
 
     python -m tools.pods_report [--output docs/pods_report.md] [--recipes pretrain_v5p_512 pretrain_tpu7x_256]
 
-Each recipe is compiled by `experiments.launch --compile_only` in a process of its own: several minutes and 4 GB each. The figures stay
-beside the page, one JSON file for each recipe; those made from the same recipe, code and compiler are not made again.
-`--keep_stale` takes whatever is there, and the page says so.
+Each recipe is compiled by `experiments.launch --compile_only` in a process of its own: several minutes and 4 GB each. The compiled programs
+stay in `--keep`, so that a program that did not change is not compiled again, and the figures beside the page, one JSON file for each
+recipe. `--page_only` takes the figures that are there, and the page says so.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import hashlib
-import importlib.metadata
-import json
 import re
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -49,28 +45,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("docs/pods_report.md"), help="the page; picture and figures lie beside it")
     parser.add_argument("--recipes", nargs="*", help="names; default all for TPUs")
-    parser.add_argument("--keep_stale", action="store_true", help="use reports of older code too; the page marks them")
+    parser.add_argument("--keep", type=Path, default=Path("runs/pods_report"), help="where compiled programs stay (%(default)s)")
+    parser.add_argument("--page_only", action="store_true", help="compile nothing; recipes without figures are left out")
     arguments = parser.parse_args(argv)
     console = Console()
     names = arguments.recipes or [path.stem for path in sorted(RECIPES.glob("*.gin")) if "MeshConfig.topology" in source(path)]
-    reports, failures, stale = {}, {}, set()
+    reports, failures = {}, {}
     for number, name in enumerate(names, start=1):
-        console.print(f"[{number}/{len(names)}] {name}")
         figures = arguments.output.with_suffix("") / f"{name}.json"
-        if not current(figures, name) and not (arguments.keep_stale and figures.is_file()):
-            failure = compile_recipe(name, figures)
-            if failure:
+        if not arguments.page_only:
+            console.print(f"[{number}/{len(names)}] {name}")
+            if failure := compile_recipe(name, arguments.keep / name, figures):
                 failures[name] = failure
+                figures.unlink(missing_ok=True)
                 console.print(failure)
-                continue
-        if not current(figures, name):
-            stale.add(name)
-        reports[name] = StepReport.from_json(figures.read_text())
+        if figures.is_file():
+            reports[name] = StepReport.from_json(figures.read_text())
     if not reports:
         sys.exit("error: no recipe could be compiled.")
     picture = arguments.output.with_suffix(".png")
     draw(reports, picture)
-    arguments.output.write_text(page(reports, failures, stale, picture.name))
+    arguments.output.write_text(page(reports, failures, arguments.page_only, picture.name))
     console.print(f"page: {arguments.output}")
 
 
@@ -80,33 +75,14 @@ def source(recipe: Path) -> str:
     return text + "".join(source(ROOT / included) for included in _INCLUDE.findall(text))
 
 
-def fingerprint(name: str) -> str:
-    """Of the recipe, the library and the compiler: the same for the same compiled program."""
-    digest = hashlib.sha256(source(RECIPES / f"{name}.gin").encode())
-    for package in ("interns1pro_jax", "pallas_kernels"):
-        for path in sorted((ROOT / package).rglob("*.py")):
-            digest.update(path.read_bytes())
-    for package in ("jax", "libtpu"):
-        digest.update(importlib.metadata.version(package).encode())
-    return digest.hexdigest()
-
-
-def current(figures: Path, name: str) -> bool:
-    """Whether the figures are of just this recipe, code and compiler."""
-    return figures.is_file() and json.loads(figures.read_text()).get("fingerprint") == fingerprint(name)
-
-
-def compile_recipe(name: str, figures: Path) -> str | None:
-    """Compiles a recipe and writes its figures; what went wrong, or None."""
-    made_from = fingerprint(name)
+def compile_recipe(name: str, workdir: Path, figures: Path) -> str | None:
+    """Compiles a recipe, or finds its program in `workdir`, and writes its figures; what went wrong, or None."""
     command = [sys.executable, "-m", "experiments.launch", "--compile_only", "--gin_file", f"configs/recipes/{name}.gin"]
-    with tempfile.TemporaryDirectory() as workdir:
-        done = subprocess.run([*command, "--workdir", workdir], cwd=ROOT, capture_output=True, text=True)
-        if done.returncode:
-            return next((line for line in done.stderr.splitlines() if line.startswith("error")), done.stderr[-300:])
-        content = json.loads((Path(workdir) / "step.json").read_text())
+    done = subprocess.run([*command, "--workdir", str(workdir.absolute())], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        return next((line for line in done.stderr.splitlines() if line.startswith("error")), done.stderr[-300:])
     figures.parent.mkdir(parents=True, exist_ok=True)
-    figures.write_text(json.dumps(content | {"fingerprint": made_from}, indent=1) + "\n")
+    figures.write_text((workdir / "step.json").read_text())
     return None
 
 
@@ -123,7 +99,7 @@ def draw(reports: dict[str, StepReport], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def page(reports: dict[str, StepReport], failures: dict[str, str], stale: Iterable[str], picture: str) -> str:
+def page(reports: dict[str, StepReport], failures: dict[str, str], page_only: bool, picture: str) -> str:
     """The page of all recipes."""
     versions = ", ".join(f"{name} {version}" for name, version in next(iter(reports.values())).versions.items())
     lines = [
@@ -144,7 +120,7 @@ def page(reports: dict[str, StepReport], failures: dict[str, str], stale: Iterab
         m, share = r.memory, f"{r.memory.total / r.hbm:.1%}" if r.hbm else ""
         cells = (m.parameters, m.optimizer, m.gradients, m.kept, m.working, m.batch + m.code, m.total)
         sizes = " | ".join(f"{size / GIB:.2f}" for size in cells)
-        lines.append(f"| {name}{'*' if name in stale else ''} | {r.devices} | {r.tokens // r.devices:,} | {sizes} | {share} |")
+        lines.append(f"| {name} | {r.devices} | {r.tokens // r.devices:,} | {sizes} | {share} |")
     lines += [
         "",
         "## Work and modelled time of a step",
@@ -188,8 +164,8 @@ def page(reports: dict[str, StepReport], failures: dict[str, str], stale: Iterab
         "",
         "MaxText's DeepSeek and Qwen figures are of other models; the compiled ones are of our text model's shape with its own router.",
     ]
-    if stale := sorted(stale):
-        lines += ["", f"\\* compiled from older code: {', '.join(stale)}."]
+    if page_only:
+        lines += ["", "Written from figures of an earlier run (`--page_only`); the code may have changed since."]
     return "\n".join([*lines, ""])
 
 

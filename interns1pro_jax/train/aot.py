@@ -14,12 +14,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gzip
+import hashlib
+import importlib.metadata
 import importlib.util
+import json
 import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -81,6 +87,7 @@ class Program:
       flops: of everything, kernels (custom calls) by their own estimates; bodies of loops count once.
       kernel_flops: of the kernels alone.
       warnings: what the compiler wrote to the standard error.
+      seconds: that tracing and compiling took.
     """
 
     text: str
@@ -91,20 +98,35 @@ class Program:
     flops: float
     kernel_flops: float
     warnings: str
+    seconds: float
 
 
-def compile_for(mesh: Mesh, function: Callable[..., Any], *arguments: Any) -> Program:
+def compile_for(
+    mesh: Mesh,
+    function: Callable[..., Any],
+    *arguments: Any,
+    compiler_options: Mapping[str, str] | None = None,
+    keep: Path | None = None,
+) -> Program:
     """Compiles `function`, which may be jitted, for the devices of `mesh`, which must be in force; `arguments` are
     `jax.ShapeDtypeStruct`s with shardings.
+
+    Args:
+      keep: a file; if it holds the very same program, compiled by the same compiler for the same devices, that one is returned,
+        else it will hold this one.
 
     Raises:
       ConfigError: the program needs more memory than a device has.
     """
     jitted = function if isinstance(function, jax.stages.Wrapped) else jax.jit(function)
+    start = time.perf_counter()
     lowered = jitted.lower(*arguments)
+    made_from = _fingerprint(lowered.as_text(), mesh, compiler_options or {}) if keep else ""
+    if keep and (kept := _kept(keep, made_from)):
+        return Program(**kept, collectives=tuple(collectives(kept["text"], mesh)))
     with _standard_error() as warnings:
         try:
-            compiled = lowered.compile()
+            compiled = lowered.compile(dict(compiler_options or {}))
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -115,7 +137,7 @@ def compile_for(mesh: Mesh, function: Callable[..., Any], *arguments: Any) -> Pr
             ) from error
     text, memory, cost = compiled.as_text(), compiled.memory_analysis(), compiled.cost_analysis()
     assert text is not None and memory is not None and cost is not None
-    return Program(
+    program = Program(
         text=text,
         collectives=tuple(collectives(text, mesh)),
         hbm=memory.argument_size_in_bytes
@@ -128,7 +150,28 @@ def compile_for(mesh: Mesh, function: Callable[..., Any], *arguments: Any) -> Pr
         flops=cost.get("flops", 0.0),  # absent where there are none
         kernel_flops=sum(map(float, re.findall(r'"cost_estimate":\{"flops":"(\d+)"', text))),
         warnings="".join(warnings),
+        seconds=time.perf_counter() - start,
     )
+    if keep:
+        keep.parent.mkdir(parents=True, exist_ok=True)
+        fields = {field.name: getattr(program, field.name) for field in dataclasses.fields(program) if field.name != "collectives"}
+        keep.write_bytes(gzip.compress(json.dumps({"made_from": made_from, "program": fields}).encode()))
+    return program
+
+
+def _kept(file: Path, made_from: str) -> dict[str, Any] | None:
+    """The fields of the program in `file`, if it is the one that is wanted."""
+    if not file.is_file():
+        return None
+    kept = json.loads(gzip.decompress(file.read_bytes()))
+    return kept["program"] if kept["made_from"] == made_from else None
+
+
+def _fingerprint(lowered: str, mesh: Mesh, compiler_options: Mapping[str, str]) -> str:
+    """Of what the compiler gets: the program, the devices and their order, options and versions."""
+    devices = [(device.device_kind, getattr(device, "coords", device.id)) for device in mesh.devices.flat]
+    versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib", *(["libtpu"] if can_compile() else []))]
+    return hashlib.sha256(repr((lowered, devices, sorted(compiler_options.items()), versions)).encode()).hexdigest()
 
 
 @contextlib.contextmanager

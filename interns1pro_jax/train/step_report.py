@@ -169,7 +169,6 @@ def make_report(
     row: RowSize,
     state: TrainState,
     batch: Batch,
-    seconds: float,
 ) -> StepReport:
     """The report of a compiled training step.
 
@@ -177,7 +176,6 @@ def make_report(
       program: the step, compiled for `mesh`.
       hardware: of its devices; None leaves out what is modelled.
       state, batch: abstract, with shardings; what the step was compiled for.
-      seconds: that the compilation took.
     """
     parsed = hlo.computations(program.text)
     products, kernels = hlo_cost.product_flops(parsed)
@@ -202,7 +200,7 @@ def make_report(
         peak=hardware.peak if hardware else None,
         bandwidth=hardware.bandwidth if hardware else None,
         devices_per_chip=hardware.devices_per_chip if hardware else 1,
-        seconds_to_compile=seconds,
+        seconds_to_compile=program.seconds,
         versions=_versions(),
     )
 

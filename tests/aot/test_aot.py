@@ -54,6 +54,25 @@ def test_collectives_have_their_kind_size_axes_and_name(mesh, axes):
         assert f"the_{kind}" in large[kind].scope, kind
 
 
+def test_a_program_that_is_kept_is_compiled_again_only_if_it_changed(tmp_path, monkeypatch):
+    mesh, keep = aot.pod_mesh(TOPOLOGIES["v5p"], fsdp=8), tmp_path / "of" / "program.json.gz"
+    x = jax.ShapeDtypeStruct((64, 1024), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("fsdp")))
+    options = {"xla_tpu_scoped_vmem_limit_kib": "16384"}
+
+    def kept(function, options):
+        with jax.set_mesh(mesh):
+            return aot.compile_for(mesh, function, x, compiler_options=options, keep=keep)
+
+    first = kept(jnp.sum, options)
+    assert first.collectives
+    with monkeypatch.context() as patch:
+        patch.setattr(jax.stages.Lowered, "compile", lambda *_: pytest.fail("compiled again"))
+        assert kept(jnp.sum, options) == first
+    assert kept(jnp.max, options).text != first.text
+    again = kept(jnp.sum, {})  # other options, and another program is kept now
+    assert again.seconds != first.seconds and again.collectives == first.collectives
+
+
 def test_what_a_loop_repeats_is_told_from_what_happens_once(mesh):
     def function(x):
         x = jax.lax.fori_loop(0, 3, lambda _, x: jax.lax.psum(jnp.sin(x), "fsdp"), x)
