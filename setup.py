@@ -46,6 +46,7 @@ setup(
         "demo": ["rdkit>=2025.9", "pymseed>=1.0"],
         "media": MEDIA,
         "data": ["pyarrow>=18"],
+        "parity": ["torch>=2.6", "transformers>=5.0"],  # tests/checkpoint/test_families.py compares with it; 1.2 GB, a minute to install
         "gcs": ["gcsfs>=2025.3"],
         "s3": ["s3fs>=2025.3"],
         "test": [

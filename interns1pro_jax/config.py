@@ -1,7 +1,7 @@
-"""Configuration of the Intern-S1-Pro family, and the glossary of dimension letters.
+"""Configuration of Intern-S1-Pro and its ancestors, and the glossary of dimension letters.
 
-The dataclasses are frozen and complete: every size a module needs is a field. `ModelConfig.from_hf` reads the released
-`config.json`, `to_hf` writes it back. Names follow the released file, so that a user who knows one knows the other.
+The dataclasses are frozen and complete: every size a module needs is a field. `ModelConfig.from_hf` reads the `config.json` of any family
+of `families`, `to_hf` writes it back. Names follow the released file, so that a user who knows one knows the other.
 
 Dimension letters, used as suffixes of weights and large activations (`wi_EDF`, `x_BTD`):
 
@@ -17,7 +17,6 @@ Dimension letters, used as suffixes of weights and large activations (`wi_EDF`, 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,11 @@ from typing import Any
 from interns1pro_jax.config_checks import (
     ConfigError,
     check_divides,
+    check_dtypes,
     check_fields,
     check_object,
     check_positive,
+    check_sizes,
     check_type,
     field_types,
     load_json,
@@ -35,31 +36,23 @@ from interns1pro_jax.config_checks import (
     require,
     require_fixed,
 )  # fmt: skip
+from interns1pro_jax.families import FAMILIES, RELEASED, TEXT_FORMATS, Family, TextFormat, family_of
 from interns1pro_jax.hf_config import (
     AUX_LOSS_COEF,
     FP8_FIXED,
+    INTERNVIT_TOP_KEYS,
     TEXT_FIXED,
+    TEXT_KEYS,
     TIME_SERIES_FIXED,
-    TOKEN_ID_KEYS,
     TOP_KEYS,
     VISION_FIXED,
     read_fields,
+    read_internvit,
     read_part,
     read_rope,
+    write_internvit,
 )  # fmt: skip
-
-_DTYPES = ("float32", "bfloat16")
-
-
-def _check_sizes(config: Any, *names: str) -> None:
-    for name in names:
-        check_positive(f"{type(config).__name__}.{name}", getattr(config, name))
-
-
-def _check_dtypes(config: Any) -> None:
-    for name in ("dtype", "param_dtype"):
-        value = getattr(config, name)
-        require(value in _DTYPES, f"{type(config).__name__}.{name}={value!r} is not supported; use one of {', '.join(_DTYPES)}.")
+from interns1pro_jax.tower_config import AnyVision, InternVitConfig, TimeSeriesConfig, VisionConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +104,8 @@ class RouterConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """The text decoder, spec section 2. Defaults are the released model's."""
+    """The text decoder, spec section 2. Defaults are the released model's. Its ancestors have other sizes: no experts at all
+    (`num_experts=0`), one group of them, no Fourier encoding, or an embedding that is the output head too."""
 
     vocab_size: int = 155008
     hidden_size: int = 4096
@@ -131,6 +125,7 @@ class TextConfig:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 5e6
     fope: FopeConfig | None = FopeConfig()
+    tie_word_embeddings: bool = False
     max_position_embeddings: int = 262144
     initializer_range: float = 0.02
     bos_token_id: int | None = 151643
@@ -141,17 +136,17 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        _check_sizes(
+        check_sizes(
             self, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
             "head_dim", "decoder_sparse_step", "max_position_embeddings",
         )  # fmt: skip
-        _check_dtypes(self)
+        check_dtypes(self)
         check_divides("num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.num_key_value_heads)
         require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even: rotary encoding turns pairs.")
         outside = [layer for layer in self.mlp_only_layers if not 0 <= layer < self.num_hidden_layers]
         require(not outside, f"mlp_only_layers names layers {outside}, but the model has {self.num_hidden_layers} layers.")
         if any(self.is_moe(layer) for layer in range(self.num_hidden_layers)):
-            _check_sizes(self, "num_experts", "num_experts_per_tok", "router_n_groups", "moe_intermediate_size")
+            check_sizes(self, "num_experts", "num_experts_per_tok", "router_n_groups", "moe_intermediate_size")
             check_divides("num_experts", self.num_experts, "router_n_groups", self.router_n_groups)
             check_divides("num_experts_per_tok", self.num_experts_per_tok, "router_n_groups", self.router_n_groups)
             require(
@@ -160,7 +155,7 @@ class TextConfig:
                 f"{self.router_n_groups} groups, but a group has only {self.experts_per_group}.",
             )
         if any(not self.is_moe(layer) for layer in range(self.num_hidden_layers)):
-            _check_sizes(self, "intermediate_size")
+            check_sizes(self, "intermediate_size")
         if self.fope is not None and self.fope.num_inv_freq is not None:
             require(
                 0 < self.fope.num_inv_freq <= self.head_dim // 2,
@@ -197,91 +192,6 @@ class TextConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class VisionConfig:
-    """The native-resolution vision tower, spec section 3. Defaults are the released model's."""
-
-    depth: int = 24
-    hidden_size: int = 1024
-    num_heads: int = 16
-    intermediate_size: int = 4096
-    patch_size: int = 16
-    temporal_patch_size: int = 2
-    spatial_merge_size: int = 2
-    in_channels: int = 3
-    num_position_embeddings: int = 2304
-    out_hidden_size: int = 4096
-    initializer_range: float = 0.02
-    dtype: str = "bfloat16"
-    param_dtype: str = "bfloat16"
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        _check_sizes(
-            self, "depth", "hidden_size", "num_heads", "intermediate_size", "patch_size", "temporal_patch_size",
-            "spatial_merge_size", "in_channels", "num_position_embeddings", "out_hidden_size",
-        )  # fmt: skip
-        _check_dtypes(self)
-        check_divides("vision hidden_size", self.hidden_size, "num_heads", self.num_heads)
-        require(
-            self.head_dim % 4 == 0,
-            f"vision hidden_size/num_heads={self.head_dim} must be divisible by 4: its rotary encoding turns row and column pairs.",
-        )
-        side = math.isqrt(self.num_position_embeddings)
-        require(side * side == self.num_position_embeddings, f"num_position_embeddings={self.num_position_embeddings} must be a square.")
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
-
-    @property
-    def patch_dim(self) -> int:
-        """Values of one flattened patch, in the order (channel, frame, y, x)."""
-        return self.in_channels * self.temporal_patch_size * self.patch_size**2
-
-
-@dataclasses.dataclass(frozen=True)
-class TimeSeriesConfig:
-    """The time-series tower, spec section 4. Defaults are the sizes of the authors' trainer."""
-
-    d_model: int = 768
-    encoder_layers: int = 17
-    encoder_attention_heads: int = 8
-    encoder_ffn_dim: int = 3072
-    max_source_positions: int = 1500
-    num_mel_bins: int = 80
-    ts_adapt_in_dim: int = 256
-    ts_adapt_out_dim: int = 1024
-    ts_hidden_dim: int = 1024
-    out_hidden_size: int = 4096
-    initializer_range: float = 0.02
-    dtype: str = "bfloat16"
-    param_dtype: str = "bfloat16"
-
-    # Sizes that the released architecture fixes in code rather than in its config (spec 1).
-    PATCH_WIDTH = 128
-    PATCH_HEADS = 8
-    PATCH_FFN = 2048
-    MAX_PATCH = 320
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        _check_sizes(
-            self, "d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim", "max_source_positions",
-            "num_mel_bins", "ts_adapt_in_dim", "ts_adapt_out_dim", "ts_hidden_dim", "out_hidden_size",
-        )  # fmt: skip
-        _check_dtypes(self)
-        check_divides("time-series d_model", self.d_model, "encoder_attention_heads", self.encoder_attention_heads)
-        require(
-            self.ts_adapt_in_dim == 2 * self.PATCH_WIDTH,
-            f"ts_adapt_in_dim={self.ts_adapt_in_dim} must be {2 * self.PATCH_WIDTH}: two patch encodings are concatenated.",
-        )
-        require(
-            self.ts_hidden_dim == self.ts_adapt_out_dim,
-            f"ts_hidden_dim={self.ts_hidden_dim} must equal ts_adapt_out_dim={self.ts_adapt_out_dim}: the encoder feeds the projector.",
-        )
-
-
-@dataclasses.dataclass(frozen=True)
 class Fp8Config:
     """How an FP8 checkpoint stores its matrices (spec section 7): e4m3 values, one scale per block of the [out, in] matrix."""
 
@@ -314,10 +224,10 @@ class Fp8Config:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The whole model: text decoder, towers (None where absent) and placeholder ids."""
+    """The whole model: text decoder, towers (None where absent), placeholder ids, and the family whose files describe it."""
 
     text: TextConfig = TextConfig()
-    vision: VisionConfig | None = VisionConfig()
+    vision: AnyVision | None = VisionConfig()
     time_series: TimeSeriesConfig | None = TimeSeriesConfig()
     image_token_id: int = 151655
     video_token_id: int = 151656
@@ -327,15 +237,25 @@ class ModelConfig:
     ts_start_token_id: int = 151683
     ts_end_token_id: int = 151684
     quantization: Fp8Config | None = None
+    family: str = RELEASED
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name, tower in (("vision", self.vision), ("time-series", self.time_series)):
+        require(self.family in FAMILIES, f"ModelConfig.family={self.family!r} is unknown; use one of {', '.join(FAMILIES)}.")
+        family = FAMILIES[self.family]
+        for name, tower, has in (("vision", self.vision, family.vision), ("time-series", self.time_series, family.time_series)):
             if tower is not None:
+                require(bool(has), f"the family {self.family} has no {name} tower; set it to None, or choose another family.")
                 require(
                     tower.out_hidden_size == self.text.hidden_size,
                     f"{name} out_hidden_size={tower.out_hidden_size} must equal the text hidden_size={self.text.hidden_size}.",
                 )
+        kind = InternVitConfig if family.tiles else VisionConfig
+        require(
+            self.vision is None or isinstance(self.vision, kind),
+            f"the family {self.family} has a vision tower of a {kind.__name__}, not of a {type(self.vision).__name__}.",
+        )
+        _text_format(family, self.text)
 
     def with_dtypes(self, dtype: str | None = None, param_dtype: str | None = None) -> ModelConfig:
         """The same model computing in `dtype` and storing parameters in `param_dtype`; None keeps what is there."""
@@ -352,7 +272,7 @@ class ModelConfig:
         """Reads the released format: a `config.json`, a directory that holds one, or its parsed content.
 
         Raises:
-          ConfigError: a key that is unknown, a value this family does not have, sizes that contradict each other.
+          ConfigError: a family or a key that is unknown, a value that the family does not have, sizes that contradict each other.
         """
         if isinstance(source, Mapping):
             content, where = dict(source), "config"
@@ -366,32 +286,27 @@ class ModelConfig:
             raise ConfigError(f"{where}: {error}") from None
 
     def to_hf(self) -> dict[str, Any]:
-        """The content of the released `config.json` for this model.
+        """The content of the family's `config.json` for this model.
 
         `from_hf` of it gives this config back, but for what that format has no place for: the router's `straight_through`,
         `temperature` and `z_coef` come back as the defaults, and every `param_dtype` as the `dtype` beside it.
         `router_aux_loss_coef` is `balance_coef / num_experts_per_tok` (see `RouterConfig`).
         """
-        text = {k: v for k, v in dataclasses.asdict(self.text).items() if k not in ("fope", "router", "param_dtype")}
-        text["mlp_only_layers"] = list(self.text.mlp_only_layers)
-        text["rope_scaling"] = {"rope_type": "default"}
-        if self.text.fope is not None:
-            for key in ("init_factor", "sep_head"):
-                text["rope_scaling"][f"fope_{key}"] = getattr(self.text.fope, key)
-            text["rope_scaling"]["num_inv_freq"] = self.text.fope.num_inv_freq
-        text["router_aux_loss_coef"] = self.text.router.balance_coef / max(self.text.num_experts_per_tok, 1)
-        text.update(TEXT_FIXED, model_type="interns1_pro_text")
+        family = FAMILIES[self.family]
+        text = _write_text(self.text, _text_format(family, self.text))
         content: dict[str, Any] = {
-            "architectures": ["InternS1ProForConditionalGeneration"],
-            "model_type": "interns1_pro",
+            "architectures": [family.architecture],
+            "model_type": family.model_type,
             "dtype": self.text.dtype,
-            "tie_word_embeddings": False,
-            "text_config": text,
-            **{key: getattr(self, key) for key in TOKEN_ID_KEYS},
+            "tie_word_embeddings": self.text.tie_word_embeddings,
+            **{key: getattr(self, key) for key in family.media_keys},
         }
-        if self.vision is not None:
+        content = {**text, **content} if family.text_key is None else {**content, family.text_key: text}
+        if isinstance(self.vision, VisionConfig):
             vision = {k: v for k, v in dataclasses.asdict(self.vision).items() if k != "param_dtype"}
-            content["vision_config"] = {**vision, **VISION_FIXED, "model_type": "interns1_pro_vision"}
+            content["vision_config"] = {**vision, **VISION_FIXED, "model_type": family.vision_type}
+        if isinstance(self.vision, InternVitConfig):
+            content |= write_internvit(self.vision, family.vision_type)
         if self.time_series is not None:
             series = {k: v for k, v in dataclasses.asdict(self.time_series).items() if k != "param_dtype"}
             content["ts_config"] = {**series, **TIME_SERIES_FIXED, "model_type": "interns1_pro_time_series"}
@@ -402,20 +317,27 @@ class ModelConfig:
 
 def _read_model(content: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of `ModelConfig` in the content of a `config.json`."""
-    require(not content.get("tie_word_embeddings"), "tie_word_embeddings=true is not supported; this family has a separate lm_head.")
-    parts = {"text_config", "vision_config", "ts_config", "quantization_config"}
-    reject_unknown("top level", content, TOP_KEYS | parts)
-    require("text_config" in content, "text_config is missing.")
+    family = family_of(content.get("model_type"), content.get("architectures"))
+    if family.text_key is not None:
+        parts = {family.text_key, "vision_config", "ts_config", "quantization_config"}
+        reject_unknown("top level", content, TOP_KEYS | set(family.media_keys) | parts | (INTERNVIT_TOP_KEYS if family.tiles else set()))
+        require(family.text_key in content, f"{family.text_key} is missing.")
     default = content.get("dtype") or content.get("torch_dtype")
-    text = _read_text(content["text_config"], default)
-    model: dict[str, Any] = {"text": text, "vision": None, "time_series": None}
-    for name, key, kind, fixed in (
-        ("vision", "vision_config", VisionConfig, VISION_FIXED),
-        ("time_series", "ts_config", TimeSeriesConfig, TIME_SERIES_FIXED),
-    ):
-        if content.get(key) is not None:
-            model[name] = kind(**read_part(key, content[key], kind, fixed, default or text.dtype))
-    for key in TOKEN_ID_KEYS:
+    tied = content.get("tie_word_embeddings")
+    if tied is not None:
+        check_type("tie_word_embeddings", tied, bool)
+    text = _read_text(content, family, default, family.tied if tied is None else tied)
+    model: dict[str, Any] = {"text": text, "vision": None, "time_series": None, "family": family.model_type}
+    if family.vision and content.get("vision_config") is not None:
+        dtype = default or text.dtype
+        if family.tiles:
+            model["vision"] = InternVitConfig(**read_internvit(content, InternVitConfig, dtype), out_hidden_size=text.hidden_size)
+        else:
+            model["vision"] = VisionConfig(**read_part("vision_config", content["vision_config"], VisionConfig, VISION_FIXED, dtype))
+    if family.time_series and content.get("ts_config") is not None:
+        series = read_part("ts_config", content["ts_config"], TimeSeriesConfig, TIME_SERIES_FIXED, default or text.dtype)
+        model["time_series"] = TimeSeriesConfig(**series)
+    for key in family.media_keys:
         if content.get(key) is not None:
             check_type(key, content[key], int)
             model[key] = content[key]
@@ -424,23 +346,74 @@ def _read_model(content: Mapping[str, Any]) -> dict[str, Any]:
     return model
 
 
-def _read_text(content: Any, dtype: str | None) -> TextConfig:
-    where = "text_config"
-    values = read_part(where, content, TextConfig, TEXT_FIXED, dtype)
+def _read_text(whole: Mapping[str, Any], family: Family, dtype: str | None, tied: bool) -> TextConfig:
+    where = family.text_key or "top level"
+    content = whole if family.text_key is None else whole[family.text_key]
+    check_object(where, content)
+    format = TEXT_FORMATS[family.texts[0]]
+    if len(family.texts) > 1:
+        kind = content.get("model_type")
+        require(kind in family.texts, f"{where}.model_type={kind!r} is no decoder of this family; it has {' and '.join(family.texts)}.")
+        format = TEXT_FORMATS[str(kind)]
+    content = dict(content)
+    if content.get("num_local_experts") is not None:  # what later versions of the library call it
+        content["num_experts"] = content.pop("num_local_experts")
+    beside = TOP_KEYS | {"quantization_config"} if family.text_key is None else set()
+    values = read_part(where, content, TextConfig, TEXT_FIXED | dict(format.fixed), dtype, {*TEXT_KEYS, *format.ignored, *beside})
+    kinds = set(content.get("layer_types") or ())
+    require(kinds <= {"full_attention"}, f"{where}.layer_types={sorted(kinds)} is not supported; only full_attention is.")
+    values = dict(format.defaults) | {key: value for key, value in values.items() if key not in format.absent}
+    values["tie_word_embeddings"] = tied
     heads = values.setdefault("num_attention_heads", TextConfig.num_attention_heads)
     check_positive(f"{where}.num_attention_heads", heads)
-    values.setdefault("num_key_value_heads", heads)
+    if "num_key_value_heads" in content or "num_key_value_heads" not in values:
+        values["num_key_value_heads"] = content.get("num_key_value_heads") or heads
     values.setdefault("head_dim", values.get("hidden_size", TextConfig.hidden_size) // heads)
     values["router_n_groups"] = max(values.get("router_n_groups", 1), 1)
     scaling = content.get("rope_scaling") or content.get("rope_parameters") or {}
     check_object(f"{where}.rope_scaling", scaling)
-    fope, theta = read_rope(f"{where}.rope_scaling", scaling)
+    fope, theta = read_rope(f"{where}.rope_scaling", {k: v for k, v in scaling.items() if k not in format.ignored})
+    require(fope is None or format.has_fope, f"{where}.rope_scaling: the family {family.model_type} has no Fourier encoding.")
     values["fope"] = None if fope is None else FopeConfig(**fope)
-    if theta is not None:
-        values.setdefault("rope_theta", theta)
+    if theta is not None and content.get("rope_theta") is None:
+        values["rope_theta"] = theta
     coef = AUX_LOSS_COEF if content.get("router_aux_loss_coef") is None else content["router_aux_loss_coef"]
     check_type(f"{where}.router_aux_loss_coef", coef, float)
     experts = values.get("num_experts_per_tok", TextConfig.num_experts_per_tok)
     # Twelve digits, so that the division that wrote the coefficient is undone exactly.
     values["router"] = RouterConfig(balance_coef=float(f"{coef * max(experts, 1):.12g}"))
     return TextConfig(**values)
+
+
+def _text_format(family: Family, text: TextConfig) -> TextFormat:
+    """The format among the family's that can describe this decoder.
+
+    Raises:
+      ConfigError: there is none, as the decoder has what the family has not; the first such field is named.
+    """
+    problem = ""
+    for name in family.texts:
+        format = TEXT_FORMATS[name]
+        values = {field.name: field.default for field in dataclasses.fields(TextConfig)} | dict(format.defaults)
+        differing = [key for key in format.absent if getattr(text, key) != values[key]]
+        if text.fope is not None and not format.has_fope:
+            differing.append("fope")
+        if not differing:
+            return format
+        problem = f"{differing[0]}={getattr(text, differing[0])!r}"
+    raise ConfigError(f"the family {family.model_type} has no decoders with {problem}; change it, or choose another family.")
+
+
+def _write_text(config: TextConfig, format: TextFormat) -> dict[str, Any]:
+    omitted = {"fope", "router", "param_dtype", *format.absent}
+    text = {k: v for k, v in dataclasses.asdict(config).items() if k not in omitted}
+    if "mlp_only_layers" in text:
+        text["mlp_only_layers"] = list(config.mlp_only_layers)
+    text["rope_scaling"] = {"rope_type": "default"} if format.has_fope else None
+    if config.fope is not None:
+        for key in ("init_factor", "sep_head"):
+            text["rope_scaling"][f"fope_{key}"] = getattr(config.fope, key)
+        text["rope_scaling"]["num_inv_freq"] = config.fope.num_inv_freq
+    if config.num_experts:
+        text["router_aux_loss_coef"] = config.router.balance_coef / max(config.num_experts_per_tok, 1)
+    return {**text, **TEXT_FIXED, **format.fixed, "model_type": format.model_type}

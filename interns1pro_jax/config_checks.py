@@ -13,6 +13,8 @@ from typing import Any
 _NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string", tuple: "a list", type(None): "null"}
 
 
+_DTYPES = ("float32", "bfloat16")
+
 Config = typing.TypeVar("Config")
 
 
@@ -49,6 +51,19 @@ def check_positive(name: str, value: Any) -> None:
     require(is_of_type(value, int) and value > 0, f"{name}={value!r} must be a positive integer.")
 
 
+def check_sizes(config: Any, *names: str) -> None:
+    """Checks that these fields of a dataclass are positive integers."""
+    for name in names:
+        check_positive(f"{type(config).__name__}.{name}", getattr(config, name))
+
+
+def check_dtypes(config: Any) -> None:
+    """Checks the fields `dtype` and `param_dtype` of a dataclass."""
+    for name in ("dtype", "param_dtype"):
+        value = getattr(config, name)
+        require(value in _DTYPES, f"{type(config).__name__}.{name}={value!r} is not supported; use one of {', '.join(_DTYPES)}.")
+
+
 def check_type(name: str, value: Any, hint: Any) -> None:
     """Checks a value against a type (see `is_of_type`)."""
     require(is_of_type(value, hint), f"{name}={value!r} must be {_describe(hint)}, not {type(value).__name__}; correct it.")
@@ -76,9 +91,10 @@ def from_dict(kind: type[Config], content: Mapping[str, Any]) -> Config:
 
 def _from_plain(hint: Any, value: Any) -> Any:
     options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
-    inner = [option for option in options if dataclasses.is_dataclass(option)]
+    inner = [option for option in options if isinstance(option, type) and dataclasses.is_dataclass(option)]
     if inner and isinstance(value, Mapping):
-        return from_dict(inner[0], value)  # type: ignore[arg-type]
+        fitting = [option for option in inner if set(value) <= set(field_types(option))]
+        return from_dict((fitting or inner)[0], value)
     return tuple(value) if isinstance(value, list) else value
 
 

@@ -92,7 +92,7 @@ def tower_flops(config: ModelConfig, row: RowSize) -> int:
         d, merged = vision.hidden_size, vision.hidden_size * vision.spatial_merge_size**2
         block = 4 * d * d + 2 * d * vision.intermediate_size
         total += row.patches * (2 * (vision.depth * block + vision.patch_dim * d) + 4 * vision.depth * d * row.patches)
-        total += row.patches // vision.spatial_merge_size**2 * 2 * (merged * merged + merged * vision.out_hidden_size)
+        total += row.patches // vision.spatial_merge_size**2 * 2 * vision.merger_width * (merged + vision.out_hidden_size)
     if (series := config.time_series) is not None and row.samples:
         d, pairs = series.d_model, row.signal_pairs
         block = 4 * d * d + 2 * d * series.encoder_ffn_dim

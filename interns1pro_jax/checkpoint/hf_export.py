@@ -27,7 +27,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from interns1pro_jax.checkpoint.errors import CheckpointError
-from interns1pro_jax.checkpoint.hf_import import surplus_problems
+from interns1pro_jax.checkpoint.hf_import import parameters_of, surplus_problems
 from interns1pro_jax.checkpoint.hf_names import POSITION_ROWS, POSITION_TABLE, HfParameter, hf_parameters
 from interns1pro_jax.checkpoint.manager import check_writable
 from interns1pro_jax.checkpoint.safetensors_io import DTYPES, INDEX, Checkpoint
@@ -41,6 +41,8 @@ from interns1pro_jax.checkpoint.safetensors_writer import (
     write_json,
 )
 from interns1pro_jax.config import Fp8Config, ModelConfig
+from interns1pro_jax.config_checks import load_json
+from interns1pro_jax.families import FAMILIES
 from interns1pro_jax.models.time_series import sinusoid_table
 from interns1pro_jax.ops.quantization import quantize_blocks
 
@@ -90,20 +92,38 @@ def export_model(
     """
     directory = Path(directory)
     state = {_dotted(path): variable.get_value() for path, variable in nnx.to_flat_state(nnx.state(model))}
-    parameters = hf_parameters(config)
+    parameters = hf_parameters(config) if like is None else parameters_of(like, config)
     if sorted(state) != sorted(parameter.path for parameter in parameters):
         raise CheckpointError("the model was not made with this config; load or create it with the one that is exported.")
     units = list(_units(parameters))
     if like is not None:
         _check_belongs(like, config, units)
+    elif untouched := FAMILIES[config.family].untouched:
+        raise CheckpointError(
+            f"models of the family {config.family} have tensors {untouched}* that are no model here; give a checkpoint to take them from "
+            "(`like`), or export the text as another family."
+        )
     tensors = _tensor_specs(units, config, np.dtype(dtype or config.text.dtype), like)
     files = split_into_files(directory, tensors, max_file_bytes)
     _check_finite(state)
     _first_alone(lambda: start_export(directory, files, identity))
     _Job(state, config, files, like, progress).run(units)
     if jax.process_index() == 0:
-        finish_export(directory, files, config if dtype is None else config.with_dtypes(dtype), carry)
+        finish_export(directory, files, config if dtype is None else config.with_dtypes(dtype), carry, like)
     _everyone("export is done")
+
+
+def _config_json(config: ModelConfig, like: Checkpoint | None) -> dict[str, Any]:
+    """The content of `config.json`; of what is no model here, `like` has the keys."""
+    content = config.to_hf()
+    if (kept := FAMILIES[config.family].kept) and like is not None:
+        original = load_json(like.directory / "config.json")
+        for key in kept:
+            part, _, name = key.rpartition(".")
+            source, target = (original.get(part, {}), content[part]) if part else (original, content)
+            if name in source:
+                target[name] = source[name]
+    return content
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,8 +186,10 @@ def _dtype_in(like: Checkpoint | None, name: str, default: np.dtype) -> np.dtype
 def _constants(config: ModelConfig, parameters: Mapping[str, Any], like: Checkpoint | None) -> Iterator[tuple[str, np.ndarray]]:
     """Tensors of the released layout that are no parameters here, because the architecture fixes their values."""
     if like is not None:
-        scales = {name + _SCALE_SUFFIX for name in parameters}
-        yield from ((name, like.read(name)) for name in like if name not in parameters and name not in scales)
+        known = {*parameters, *(name + _SCALE_SUFFIX for name in parameters)}
+        if config.text.tie_word_embeddings:
+            known.add(FAMILIES[config.family].head + "weight")  # where it is stored, it repeats the embedding
+        yield from ((name, like.read(name)) for name in like if name not in known)
     elif config.time_series is not None:
         yield POSITION_TABLE, sinusoid_table(POSITION_ROWS, config.time_series.PATCH_WIDTH)[:, None]
 
@@ -226,11 +248,13 @@ def start_export(directory: Path, files: Sequence[OutputFile], identity: str) ->
             file.create()
 
 
-def finish_export(directory: Path, files: Sequence[OutputFile], config: ModelConfig, carry: Path | None) -> None:
+def finish_export(
+    directory: Path, files: Sequence[OutputFile], config: ModelConfig, carry: Path | None, like: Checkpoint | None = None
+) -> None:
     """Writes what stands beside the files of weights, once these are complete, the index last."""
     if carry is not None:
         _carry_along(carry, directory)
-    write_json(directory / "config.json", config.to_hf())
+    write_json(directory / "config.json", _config_json(config, like))
     write_index(directory, files)
     (directory / _UNFINISHED).unlink()
 

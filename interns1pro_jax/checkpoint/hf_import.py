@@ -24,9 +24,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from interns1pro_jax.checkpoint.errors import CheckpointError
-from interns1pro_jax.checkpoint.hf_names import POSITION_TABLE, HfParameter, hf_parameters
+from interns1pro_jax.checkpoint.hf_names import POSITION_TABLE, HfParameter, expert_layout, hf_parameters
 from interns1pro_jax.checkpoint.safetensors_io import Checkpoint, open_checkpoint
 from interns1pro_jax.config import ModelConfig
+from interns1pro_jax.families import FAMILIES
 from interns1pro_jax.models.interns1pro import InternS1Pro
 from interns1pro_jax.ops.quantization import WEIGHT_BLOCK, dequantize_box
 
@@ -74,8 +75,7 @@ def load_into(state: Any, checkpoint: Checkpoint, config: ModelConfig, *, host_b
     Raises:
       CheckpointError: the checkpoint does not fit the config; all misfits are named.
     """
-    fused = any(name.endswith(".mlp.experts.gate_up_proj") for name in checkpoint)
-    parameters = {parameter.path: parameter for parameter in hf_parameters(config, fused_experts=fused)}
+    parameters = {parameter.path: parameter for parameter in parameters_of(checkpoint, config)}
     shapes = {_dotted(path): variable.get_value().shape for path, variable in nnx.to_flat_state(state)}
     if differing := sorted(set(shapes.items()) ^ {(path, parameter.shape) for path, parameter in parameters.items()}):
         raise CheckpointError(f"the state was not made with this config; they differ in {differing[:_SHOWN]}.")
@@ -92,6 +92,11 @@ def load_into(state: Any, checkpoint: Checkpoint, config: ModelConfig, *, host_b
             return variable.replace(_assemble(reader, NamedSharding(mesh, like.sharding.spec), host_bytes))
 
         return nnx.map_state(load, state)
+
+
+def parameters_of(checkpoint: Checkpoint, config: ModelConfig) -> tuple[HfParameter, ...]:
+    """The model's parameters with the tensors that this checkpoint stores them in."""
+    return hf_parameters(config, experts=expert_layout({name: info.shape for name, info in checkpoint.items()}, config))
 
 
 def _dotted(path: Sequence[Any]) -> str:
@@ -209,7 +214,10 @@ def check_fit(checkpoint: Checkpoint, config: ModelConfig, parameters: Sequence[
     missing = [name for name in shapes if name not in checkpoint]
     surplus = [name for name in checkpoint if name not in shapes and name not in scales]
     problems: list[str] = []
-    for key, tower, prefix in (("vision_config", config.vision, "model.visual."), ("ts_config", config.time_series, "model.time_series.")):
+    family = FAMILIES[config.family]
+    for key, tower, prefix in (("vision_config", config.vision, family.vision), ("ts_config", config.time_series, family.time_series)):
+        if not prefix:
+            continue
         inside = sum(name.startswith(prefix) for name in checkpoint)
         if tower is None and inside:
             problems.append(f"{inside} tensors {prefix}* are surplus: the config has no {key}; add it, or remove them")
@@ -260,8 +268,14 @@ def _scale_problems(checkpoint: Checkpoint, config: ModelConfig, name: str) -> I
 
 
 def surplus_problems(checkpoint: Checkpoint, config: ModelConfig, name: str) -> Iterator[str]:
-    """Tensors without a parameter are wrong, except where they hold what the model knows anyway (spec 4.2, 8, 9.7)."""
-    if name.endswith("rotary_emb.inv_freq"):
+    """Tensors without a parameter are wrong, except where they hold what the model knows anyway (spec 4.2, 8, 9.7), or are of a part that
+    is no model here."""
+    family = FAMILIES[config.family]
+    if name.endswith("rotary_emb.inv_freq") or (family.untouched and name.startswith(family.untouched)):
+        return
+    if name == family.head + "weight" and config.text.tie_word_embeddings:
+        if not np.array_equal(checkpoint.read(name), checkpoint.read(family.text + "embed_tokens.weight")):
+            yield f"{name} is not the embedding, but the config says tie_word_embeddings=true; correct the config"
         return
     if name == POSITION_TABLE and config.time_series is not None:
         if not _is_sinusoidal(checkpoint.read(name), config.time_series.PATCH_WIDTH):

@@ -1,4 +1,6 @@
-"""Our parameters and the tensors of the released checkpoint: one declarative table for both directions (spec section 8).
+"""Our parameters and the tensors of released checkpoints: one declarative table for both directions (spec section 8).
+
+What `families` says of a family (how the names of its parts begin, whether a layer's experts are one tensor) is all in which they differ.
 
 A rule is `(our name, tensor name, layout)`. The layout names the axes of the stored tensor and of our parameter, for example
 `"(Q H) D -> D Q H"`: the stored [Q*H, D] matrix is our [D, Q, H]. Parentheses merge axes, 1 is an axis of size one. Three things
@@ -11,6 +13,7 @@ are not in the layout:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import re
@@ -18,25 +21,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from interns1pro_jax.config import ModelConfig
+from interns1pro_jax.families import FAMILIES, Family
 from interns1pro_jax.ops.fope import text_frequencies
+from interns1pro_jax.tower_config import InternVitConfig
 
 Rule = tuple[str, str | tuple[str, ...], str]
 
 # A buffer of the released layout that is no parameter here: the sinusoids of the patch encoder (spec 4.2).
 POSITION_TABLE, POSITION_ROWS = "model.time_series.encoder_embed.pos_encoder.pe", 20000
 
-_MODEL = "model.language_model."
-_LAYER = _MODEL + "layers.{L}."
+_LAYER = "layers.{L}."
 _EXPERT = _LAYER + "mlp.experts.{E}."
 
 _TEXT: tuple[Rule, ...] = (
-    ("embed_VD", _MODEL + "embed_tokens.weight", "V D"),
-    ("final_norm_D", _MODEL + "norm.weight", "D"),
-    ("lm_head_DV", "lm_head.weight", "V D -> D V"),
+    ("embed_VD", "embed_tokens.weight", "V D"),
+    ("final_norm_D", "norm.weight", "D"),
 )
+_HEAD: tuple[Rule, ...] = (("lm_head_DV", "weight", "V D -> D V"),)
 _FOPE_PER_HEAD: tuple[Rule, ...] = (
-    ("fope.cos_coef", _MODEL + "rotary_emb.cos_coef", "K n m"),
-    ("fope.sin_coef", _MODEL + "rotary_emb.sin_coef", "K n m"),
+    ("fope.cos_coef", "rotary_emb.cos_coef", "K n m"),
+    ("fope.sin_coef", "rotary_emb.sin_coef", "K n m"),
 )
 _FOPE_SHARED: tuple[Rule, ...] = tuple((ours, theirs, "n m") for ours, theirs, _ in _FOPE_PER_HEAD)
 _DECODER_LAYER: tuple[Rule, ...] = (
@@ -64,11 +68,17 @@ _EXPERTS: tuple[Rule, ...] = (
     ("moe.wi_EDF", (_EXPERT + "gate_proj.weight", _EXPERT + "up_proj.weight"), "F D -> D F"),
     ("moe.wo_EFD", _EXPERT + "down_proj.weight", "D F -> F D"),
 )
-# The layout of the Qwen3-VL-MoE family: all experts of a layer in one tensor, already [in, out] and gate | up.
-_FUSED_EXPERTS: tuple[Rule, ...] = (
-    ("moe.wi_EDF", _LAYER + "mlp.experts.gate_up_proj", "E D W"),
-    ("moe.wo_EFD", _LAYER + "mlp.experts.down_proj", "E F D"),
-)
+_FUSED_GATE_UP, _FUSED_DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
+# One tensor for each expert's matrix; or all experts of a layer in one tensor, gate | up, as Qwen3-VL-MoE was released ([in, out]), or as
+# version 5 of the transformers library writes it ([out, in]).
+_EXPERT_LAYOUTS: dict[str, tuple[Rule, ...]] = {
+    "separate": _EXPERTS,
+    "fused": (("moe.wi_EDF", _LAYER + _FUSED_GATE_UP, "E D W"), ("moe.wo_EFD", _LAYER + _FUSED_DOWN, "E F D")),
+    "fused_transposed": (
+        ("moe.wi_EDF", _LAYER + _FUSED_GATE_UP, "E W D -> E D W"),
+        ("moe.wo_EFD", _LAYER + _FUSED_DOWN, "E D F -> E F D"),
+    ),
+}
 
 _VISION: tuple[Rule, ...] = (
     ("patch_kernel_ID", "patch_embed.proj.weight", "D c t y x -> (c t y x) D"),
@@ -92,6 +102,48 @@ _VISION: tuple[Rule, ...] = (
     ("merger.fc1_bias_F", "merger.linear_fc1.bias", "M"),
     ("merger.fc2_FD", "merger.linear_fc2.weight", "O M -> M O"),
     ("merger.fc2_bias_D", "merger.linear_fc2.bias", "O"),
+)
+
+_VIT_LAYER = "encoder.layer.{L}."
+_INTERNVIT: tuple[Rule, ...] = (
+    ("patch_kernel_ID", "embeddings.patch_embeddings.projection.weight", "D c y x -> (c y x) D"),
+    ("patch_bias_D", "embeddings.patch_embeddings.projection.bias", "D"),
+    ("class_D", "embeddings.cls_token", "1 1 D -> D"),
+    ("position_ND", "embeddings.position_embeddings", "1 N D -> N D"),
+    ("blocks.norm1.scale_D", _VIT_LAYER + "layernorm_before.weight", "D"),
+    ("blocks.q_DQH", _VIT_LAYER + "attention.q_proj.weight", "(Q H) D -> D Q H"),
+    ("blocks.k_DQH", _VIT_LAYER + "attention.k_proj.weight", "(Q H) D -> D Q H"),
+    ("blocks.v_DQH", _VIT_LAYER + "attention.v_proj.weight", "(Q H) D -> D Q H"),
+    ("blocks.proj_QHD", _VIT_LAYER + "attention.projection_layer.weight", "D (Q H) -> Q H D"),
+    ("blocks.proj_bias_D", _VIT_LAYER + "attention.projection_layer.bias", "D"),
+    ("blocks.scale1_D", _VIT_LAYER + "lambda_1", "D"),
+    ("blocks.norm2.scale_D", _VIT_LAYER + "layernorm_after.weight", "D"),
+    ("blocks.fc1_DF", _VIT_LAYER + "mlp.fc1.weight", "F D -> D F"),
+    ("blocks.fc1_bias_F", _VIT_LAYER + "mlp.fc1.bias", "F"),
+    ("blocks.fc2_FD", _VIT_LAYER + "mlp.fc2.weight", "D F -> F D"),
+    ("blocks.fc2_bias_D", _VIT_LAYER + "mlp.fc2.bias", "D"),
+    ("blocks.scale2_D", _VIT_LAYER + "lambda_2", "D"),
+)
+_INTERNVIT_LAYER_NORM: tuple[Rule, ...] = (
+    ("blocks.norm1.bias_D", _VIT_LAYER + "layernorm_before.bias", "D"),
+    ("blocks.norm2.bias_D", _VIT_LAYER + "layernorm_after.bias", "D"),
+)
+_INTERNVIT_QK_NORM: tuple[Rule, ...] = (
+    ("blocks.q_norm_D", _VIT_LAYER + "attention.q_norm.weight", "D"),
+    ("blocks.k_norm_D", _VIT_LAYER + "attention.k_norm.weight", "D"),
+)
+_INTERNVIT_BIAS: tuple[Rule, ...] = (
+    ("blocks.q_bias_QH", _VIT_LAYER + "attention.q_proj.bias", "(Q H) -> Q H"),
+    ("blocks.k_bias_QH", _VIT_LAYER + "attention.k_proj.bias", "(Q H) -> Q H"),
+    ("blocks.v_bias_QH", _VIT_LAYER + "attention.v_proj.bias", "(Q H) -> Q H"),
+)
+_PROJECTOR: tuple[Rule, ...] = (
+    ("norm_scale_E", "layer_norm.weight", "M"),
+    ("norm_bias_E", "layer_norm.bias", "M"),
+    ("fc1_EO", "linear_1.weight", "O M -> M O"),
+    ("fc1_bias_O", "linear_1.bias", "O"),
+    ("fc2_OO", "linear_2.weight", "O o -> o O"),
+    ("fc2_bias_O", "linear_2.bias", "O"),
 )
 
 _PATCH_LAYER = "encoder_embed.transformer_encoder.layers.0."
@@ -250,13 +302,26 @@ class HfParameter:
                 yield position, number, template.format(**values)
 
 
-def hf_parameters(config: ModelConfig, *, fused_experts: bool = False) -> tuple[HfParameter, ...]:
+def hf_parameters(config: ModelConfig, *, experts: str | None = None) -> tuple[HfParameter, ...]:
     """Every parameter of the model with the tensors it is stored in.
 
     Args:
-      fused_experts: the layout with one tensor for all experts of a layer (spec section 8) instead of one per expert.
+      experts: how experts are stored, "separate", "fused" or "fused_transposed" (see `expert_layout`); None: as the family's release.
     """
-    return (*_text(config, fused_experts), *_vision(config), *_time_series(config))
+    family = FAMILIES[config.family]
+    return (*_text(config, family, experts or family.experts), *_vision(config, family), *_time_series(config, family))
+
+
+def expert_layout(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig) -> str:
+    """How the experts of a checkpoint are stored, by the shapes of its tensors."""
+    text = config.text
+    found = {end: shapes[name] for name in shapes for end in (_FUSED_GATE_UP, _FUSED_DOWN) if name.endswith(end)}
+    if not found:
+        return "separate"
+    # One of the two shapes may be the same either way.
+    d, f = text.hidden_size, text.moe_intermediate_size
+    transposed = {_FUSED_GATE_UP: (text.num_experts, 2 * f, d), _FUSED_DOWN: (text.num_experts, d, f)}
+    return "fused_transposed" if found == transposed else "fused"
 
 
 def _entries(
@@ -269,32 +334,38 @@ def _entries(
         yield HfParameter(f"{path}.{ours}", names, Layout.parse(layout, sizes), stack)
 
 
-def _text(config: ModelConfig, fused_experts: bool) -> Iterator[HfParameter]:
+def _text(config: ModelConfig, family: Family, experts: str) -> Iterator[HfParameter]:
     text = config.text
     n = len(text_frequencies(text))
     sizes = dict(
         V=text.vocab_size, D=text.hidden_size, Q=text.num_attention_heads, K=text.num_key_value_heads, H=text.head_dim,
         E=text.num_experts, n=n, m=n,
     )  # fmt: skip
-    yield from _entries(_TEXT, sizes, "text")
+    entries = functools.partial(_entries, prefix=family.text)
+    yield from entries(_TEXT, sizes, "text")
+    if not text.tie_word_embeddings:
+        yield from _entries(_HEAD, sizes, "text", family.head)
     if text.fope is not None:
-        yield from _entries(_FOPE_PER_HEAD if text.fope.sep_head else _FOPE_SHARED, sizes, "text")
+        yield from entries(_FOPE_PER_HEAD if text.fope.sep_head else _FOPE_SHARED, sizes, "text")
     for run, (is_moe, first, count) in enumerate(text.layer_runs):
         layers = range(first, first + count)
         where = f"text.runs.{run}"
-        yield from _entries(_DECODER_LAYER, sizes, where, layers=layers)
+        yield from entries(_DECODER_LAYER, sizes, where, layers=layers)
         if text.attention_bias:
-            yield from _entries(_ATTENTION_BIAS, sizes, where, layers=layers)
+            yield from entries(_ATTENTION_BIAS, sizes, where, layers=layers)
         if is_moe:
             width = text.moe_intermediate_size
-            rules = _ROUTER + (_FUSED_EXPERTS if fused_experts else _EXPERTS)
-            yield from _entries(rules, sizes | dict(F=width, W=2 * width), where, layers=layers, experts=range(text.num_experts))
+            rules = _ROUTER + _EXPERT_LAYOUTS[experts]
+            yield from entries(rules, sizes | dict(F=width, W=2 * width), where, layers=layers, experts=range(text.num_experts))
         else:
-            yield from _entries(_DENSE_MLP, sizes | dict(F=text.intermediate_size), where, layers=layers)
+            yield from entries(_DENSE_MLP, sizes | dict(F=text.intermediate_size), where, layers=layers)
 
 
-def _vision(config: ModelConfig) -> Iterator[HfParameter]:
+def _vision(config: ModelConfig, family: Family) -> Iterator[HfParameter]:
     if (vision := config.vision) is None:
+        return
+    if isinstance(vision, InternVitConfig):
+        yield from _internvit(vision, family)
         return
     merged = vision.hidden_size * vision.spatial_merge_size**2
     sizes = dict(
@@ -302,17 +373,34 @@ def _vision(config: ModelConfig) -> Iterator[HfParameter]:
         c=vision.in_channels, t=vision.temporal_patch_size, y=vision.patch_size, x=vision.patch_size,
         M=merged, m=merged, O=vision.out_hidden_size,
     )  # fmt: skip
-    yield from _entries(_VISION, sizes, "vision", "model.visual.", layers=range(vision.depth))
+    yield from _entries(_VISION, sizes, "vision", family.vision, layers=range(vision.depth))
 
 
-def _time_series(config: ModelConfig) -> Iterator[HfParameter]:
+def _internvit(vision: InternVitConfig, family: Family) -> Iterator[HfParameter]:
+    merged, out = vision.hidden_size * vision.spatial_merge_size**2, vision.out_hidden_size
+    sizes = dict(
+        D=vision.hidden_size, Q=vision.num_heads, H=vision.head_dim, F=vision.intermediate_size, N=1 + vision.num_position_embeddings,
+        c=vision.in_channels, y=vision.patch_size, x=vision.patch_size, M=merged, O=out, o=out,
+    )  # fmt: skip
+    rules = _INTERNVIT
+    for has, more in (
+        (vision.norm_type == "layer_norm", _INTERNVIT_LAYER_NORM),
+        (vision.use_qk_norm, _INTERNVIT_QK_NORM),
+        (vision.attention_bias, _INTERNVIT_BIAS),
+    ):
+        rules += more if has else ()
+    yield from _entries(rules, sizes, "vision", family.vision, layers=range(vision.depth))
+    yield from _entries(_PROJECTOR, sizes, "vision.projector", family.projector)
+
+
+def _time_series(config: ModelConfig, family: Family) -> Iterator[HfParameter]:
     if (series := config.time_series) is None:
         return
     patch = dict(C=3, D=series.PATCH_WIDTH, X=5, Q=series.PATCH_HEADS, H=series.PATCH_WIDTH // series.PATCH_HEADS, F=series.PATCH_FFN)
-    yield from _entries(_PATCH_ENCODER, patch, "time_series.patch_encoder", "model.time_series.")
+    yield from _entries(_PATCH_ENCODER, patch, "time_series.patch_encoder", family.time_series)
     width, heads = series.d_model, series.encoder_attention_heads
     sizes = dict(
         D=width, d=width, Q=heads, H=width // heads, F=series.encoder_ffn_dim, X=3, b=series.num_mel_bins, p=series.ts_adapt_in_dim,
         N=series.max_source_positions, A=series.ts_adapt_out_dim, O=series.out_hidden_size, o=series.out_hidden_size,
     )  # fmt: skip
-    yield from _entries(_TIME_SERIES, sizes, "time_series", "model.time_series.", layers=range(series.encoder_layers))
+    yield from _entries(_TIME_SERIES, sizes, "time_series", family.time_series, layers=range(series.encoder_layers))

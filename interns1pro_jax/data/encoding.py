@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from interns1pro_jax.config import ConfigError, ModelConfig, VisionConfig
+from interns1pro_jax.config import ConfigError, ModelConfig
 from interns1pro_jax.data.examples import Example, Medium, StoredImage, StoredSignal, StoredVideo, png
 from interns1pro_jax.data.image_processing import PixelBounds, grid_of
 from interns1pro_jax.data.packing import RowSize
@@ -21,6 +22,7 @@ from interns1pro_jax.tokenizer import base
 from interns1pro_jax.tokenizer.base import Tokenizer
 from interns1pro_jax.tokenizer.chat import Conversation
 from interns1pro_jax.tokenizer.messages import Message
+from interns1pro_jax.tower_config import AnyVision
 
 _MARKS = re.compile("(" + "|".join(map(re.escape, base.SPECIAL_TOKENS)) + ")")
 _NO_TOWER = "the data has {}, but the model has no {} tower; set ModelConfig.{}, or prepare data without them."
@@ -70,7 +72,7 @@ class DocumentEncoder:
                 case ImagePart(pixels, content):
                     grid = grid_of(pixels.shape[0], pixels.shape[1], self._vision, self.bounds)
                     texts.append(f"{base.VISION_START}{base.IMAGE * tokens_per_item(grid, self._vision)}{base.VISION_END}")
-                    patches += grid[1] * grid[2]
+                    patches += math.prod(grid)
                     media.append(StoredImage(png(pixels) if content is None else content, grid))
                 case VideoPart(frames, seconds):
                     rows, columns = (side // self._vision.patch_size for side in frames.shape[1:3])
@@ -120,7 +122,7 @@ class DocumentEncoder:
         return np.array([special(base.TURN_START), *encode(f"system\n{text}"), special(base.TURN_END), *encode("\n")], np.int32)
 
     @property
-    def _vision(self) -> VisionConfig:
+    def _vision(self) -> AnyVision:
         if self.model.vision is None:
             raise ConfigError(_NO_TOWER.format("images", "vision", "vision"))
         return self.model.vision

@@ -17,7 +17,6 @@ import numpy as np
 from jaxtyping import Bool, Int
 from PIL import Image
 
-from interns1pro_jax.config import VisionConfig
 from interns1pro_jax.data.image_processing import item_of_grid
 from interns1pro_jax.data.media.images import read_image
 from interns1pro_jax.data.packing import RowSize
@@ -26,6 +25,7 @@ from interns1pro_jax.data.video_processing import video_item
 from interns1pro_jax.models.time_series_inputs import Signal, prepare_signal
 from interns1pro_jax.models.vision_inputs import VisionItem
 from interns1pro_jax.ops.losses import IGNORED
+from interns1pro_jax.tower_config import AnyVision
 
 VERSION = 2
 
@@ -37,7 +37,7 @@ class StoredImage:
     content: bytes
     grid: tuple[int, int, int]
 
-    def item(self, config: VisionConfig) -> VisionItem:
+    def item(self, config: AnyVision) -> VisionItem:
         """Its patches.
 
         Raises:
@@ -52,7 +52,7 @@ class StoredVideo:
 
     frames: np.ndarray
 
-    def item(self, config: VisionConfig) -> VisionItem:
+    def item(self, config: AnyVision) -> VisionItem:
         return video_item(self.frames, config)
 
 

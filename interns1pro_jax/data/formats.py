@@ -21,13 +21,13 @@ from pathlib import Path
 from types import UnionType
 from typing import Any
 
-from interns1pro_jax.config import VisionConfig
 from interns1pro_jax.data import paths
 from interns1pro_jax.data.media.images import read_image
 from interns1pro_jax.data.media.limits import ImageLimits, SignalLimits, VideoLimits
 from interns1pro_jax.data.media.signals import read_signal
 from interns1pro_jax.data.media.videos import read_video
 from interns1pro_jax.data.records import Document, ImagePart, Part, RejectedRecord, TextPart, VideoPart
+from interns1pro_jax.tower_config import AnyVision
 
 FORMS = ("messages", "content", "text", "fields")
 _COMMON = {"id", "tags", "licence"}
@@ -60,7 +60,7 @@ class RecordReader:
 
     source: str
     base: str
-    vision: VisionConfig | None
+    vision: AnyVision | None
     system: str | None = None
     licence: str = ""
 

@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-from interns1pro_jax.config import VisionConfig
 from interns1pro_jax.models.vision_inputs import VisionItem
+from interns1pro_jax.tower_config import AnyVision
 
 MAX_ASPECT = 200
 
@@ -61,13 +61,13 @@ def to_rgb(image: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
     return np.asarray(image.convert("RGB"))
 
 
-def grid_of(height: int, width: int, config: VisionConfig, bounds: PixelBounds) -> tuple[int, int, int]:
+def grid_of(height: int, width: int, config: AnyVision, bounds: PixelBounds) -> tuple[int, int, int]:
     """Patches (frames, rows, columns) that an image of this size becomes; see `image_item`."""
     height, width = smart_resize(height, width, config.patch_size * config.spatial_merge_size, bounds)
     return 1, height // config.patch_size, width // config.patch_size
 
 
-def image_item(pixels: UInt8[np.ndarray, "height width 3"], config: VisionConfig, bounds: PixelBounds) -> VisionItem:
+def image_item(pixels: UInt8[np.ndarray, "height width 3"], config: AnyVision, bounds: PixelBounds) -> VisionItem:
     """Resizes an image (bicubic, antialiased, rounded to whole grey levels) and cuts it into the patches of the vision tower.
 
     Raises:
@@ -76,7 +76,7 @@ def image_item(pixels: UInt8[np.ndarray, "height width 3"], config: VisionConfig
     return item_of_grid(pixels, grid_of(pixels.shape[0], pixels.shape[1], config, bounds), config)
 
 
-def item_of_grid(pixels: UInt8[np.ndarray, "height width 3"], grid: tuple[int, int, int], config: VisionConfig) -> VisionItem:
+def item_of_grid(pixels: UInt8[np.ndarray, "height width 3"], grid: tuple[int, int, int], config: AnyVision) -> VisionItem:
     """As `image_item`, of a grid that was chosen before."""
     height, width = (count * config.patch_size for count in grid[1:])
     if (height, width) != pixels.shape[:2]:
@@ -84,13 +84,13 @@ def item_of_grid(pixels: UInt8[np.ndarray, "height width 3"], grid: tuple[int, i
     return VisionItem(patches_of(pixels, config), grid)
 
 
-def patches_of(pixels: UInt8[np.ndarray, "height width 3"], config: VisionConfig) -> Float[np.ndarray, "patches patch_dim"]:
+def patches_of(pixels: UInt8[np.ndarray, "height width 3"], config: AnyVision) -> Float[np.ndarray, "patches patch_dim"]:
     """Normalised patches of an image of fitting size, merge block after merge block; a still image fills every frame of a patch."""
     frames = np.broadcast_to(pixels, (config.temporal_patch_size, *pixels.shape))
     return patches_of_frames(frames, config)
 
 
-def patches_of_frames(pixels: UInt8[np.ndarray, "frames height width 3"], config: VisionConfig) -> Float[np.ndarray, "patches patch_dim"]:
+def patches_of_frames(pixels: UInt8[np.ndarray, "frames height width 3"], config: AnyVision) -> Float[np.ndarray, "patches patch_dim"]:
     """Normalised patches of frames of fitting size and number: patch by patch in time, in each merge block by merge block."""
     side, merge, depth = config.patch_size, config.spatial_merge_size, config.temporal_patch_size
     frames, height, width, channels = pixels.shape

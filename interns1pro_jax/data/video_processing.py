@@ -10,9 +10,9 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from interns1pro_jax.config import VisionConfig
 from interns1pro_jax.data.image_processing import MAX_ASPECT, PixelBounds, patches_of_frames
 from interns1pro_jax.models.vision_inputs import VisionItem
+from interns1pro_jax.tower_config import AnyVision
 
 RATE_WHERE_UNKNOWN = 24.0  # frames per second; what the released processor assumes
 
@@ -62,7 +62,7 @@ def sample_frames(total: int, frame_rate: float | None, sampling: FrameSampling 
     return np.rint(np.linspace(0, total - 1, count)).astype(int).tolist()
 
 
-def resize_video(frames: int, height: int, width: int, config: VisionConfig, bounds: PixelBounds = VIDEO_BOUNDS) -> tuple[int, int]:
+def resize_video(frames: int, height: int, width: int, config: AnyVision, bounds: PixelBounds = VIDEO_BOUNDS) -> tuple[int, int]:
     """The size of every frame: sides in whole merge blocks, rounded half to even, the volume of all frames within `bounds`.
 
     Raises:
@@ -93,7 +93,7 @@ def resize_frame(frame: UInt8[np.ndarray, "height width 3"], height: int, width:
     return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC))
 
 
-def video_item(frames: UInt8[np.ndarray, "frames height width 3"], config: VisionConfig) -> VisionItem:
+def video_item(frames: UInt8[np.ndarray, "frames height width 3"], config: AnyVision) -> VisionItem:
     """Patches of frames of fitting size (`resize_video`); the last frame fills up the last patch.
 
     Raises:
@@ -109,7 +109,7 @@ def video_item(frames: UInt8[np.ndarray, "frames height width 3"], config: Visio
     return VisionItem(patches_of_frames(frames, config), grid)
 
 
-def patch_seconds(indices: Sequence[int], frame_rate: float | None, config: VisionConfig) -> list[float]:
+def patch_seconds(indices: Sequence[int], frame_rate: float | None, config: AnyVision) -> list[float]:
     """The time of each temporal patch, midway between its first and its last frame, in seconds."""
     frame_rate = RATE_WHERE_UNKNOWN if frame_rate is None else frame_rate
     depth = config.temporal_patch_size

@@ -21,6 +21,7 @@ from interns1pro_jax.config import FopeConfig, ModelConfig
 from interns1pro_jax.config_checks import check_divides, check_fields, check_positive, require
 from interns1pro_jax.expansion.cuts import distinct_cuts, random_cuts
 from interns1pro_jax.expansion.routing_counts import RoutingCounts
+from interns1pro_jax.families import RELEASED
 
 METHODS = ("pairs", "ranked", "random", "copy")
 CALIBRATED = ("pairs", "ranked")
@@ -62,7 +63,7 @@ class ExpansionConfig:
         require(self.seed >= 0, f"ExpansionConfig.seed={self.seed} must not be negative.")
 
     def target(self, source: ModelConfig) -> ModelConfig:
-        """The configuration of the grown model.
+        """The configuration of the grown model, which is of Intern-S1-Pro's family whatever the source's is.
 
         Raises:
           ConfigError: the source has no experts or groups already; sizes that do not divide.
@@ -92,7 +93,7 @@ class ExpansionConfig:
             router_n_groups=self.groups,
             fope=self.fope if text.fope is None else text.fope,
         )
-        return dataclasses.replace(source, text=grown)
+        return dataclasses.replace(source, text=grown, family=RELEASED)
 
     def depth(self, source: ModelConfig) -> int:
         """n, how many distinct experts of the source a token's picks should be: K / k, at least one (see the package)."""

@@ -23,12 +23,13 @@ from jaxtyping import Float, Int
 
 from interns1pro_jax.checkpoint.errors import CheckpointError
 from interns1pro_jax.checkpoint.hf_export import MAX_FILE_BYTES, Progress, finish_export, released_scheme, start_export
-from interns1pro_jax.checkpoint.hf_import import check_fit
+from interns1pro_jax.checkpoint.hf_import import check_fit, parameters_of
 from interns1pro_jax.checkpoint.hf_names import HfParameter, hf_parameters
 from interns1pro_jax.checkpoint.safetensors_io import DTYPES, Checkpoint
 from interns1pro_jax.checkpoint.safetensors_writer import OutputFile, TensorSpec, split_into_files
 from interns1pro_jax.config import ModelConfig
 from interns1pro_jax.expansion.manifest import FILE, Manifest
+from interns1pro_jax.families import FAMILIES
 from interns1pro_jax.ops.fope import initial_coefficients
 
 _WORKERS = 4
@@ -132,8 +133,7 @@ def router_rows(
 
 
 def _parameters(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, HfParameter]:
-    fused = any(name.endswith(".mlp.experts.gate_up_proj") for name in checkpoint)
-    return {parameter.path: parameter for parameter in hf_parameters(config, fused_experts=fused)}
+    return {parameter.path: parameter for parameter in parameters_of(checkpoint, config)}
 
 
 def _copies(checkpoint: Checkpoint, config: ModelConfig, grown: ModelConfig, manifest: Manifest) -> Iterator[_Copy]:
@@ -170,6 +170,11 @@ def _copies(checkpoint: Checkpoint, config: ModelConfig, grown: ModelConfig, man
     # What the architecture fixes, and the source stores all the same (`check_fit` has let nothing else pass), is stored again.
     stored = {name for parameter in sources.values() for _, _, name in parameter.tensors()}
     known = [name for name in checkpoint if name.removesuffix(_SCALE_SUFFIX) not in stored and not name.endswith("rotary_emb.inv_freq")]
+    family = FAMILIES[config.family]
+    if family.untouched:  # a part of the source that is no model here
+        known = [name for name in known if not name.startswith(family.untouched)]
+    if config.text.tie_word_embeddings:
+        known = [name for name in known if name != family.head + "weight"]  # repeats the embedding
     plan += [(-1, _Copy(name, (name,))) for name in known]
     for _, copy in sorted(plan, key=lambda entry: entry[0]):
         yield copy

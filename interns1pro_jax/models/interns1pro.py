@@ -13,18 +13,23 @@ from jaxtyping import Array, Bool, Float, Int
 from interns1pro_jax import sharding
 from interns1pro_jax.config import ConfigError, ModelConfig
 from interns1pro_jax.models.inputs import ModelInputs
+from interns1pro_jax.models.internvit import InternVit
 from interns1pro_jax.models.text import KVCache, TextModel, TextOutput
 from interns1pro_jax.models.time_series import TimeSeriesTower
 from interns1pro_jax.models.vision import VisionTower
+from interns1pro_jax.tower_config import AnyVision, InternVitConfig, VisionConfig
 
 
 class InternS1Pro(nnx.Module):
-    """Intern-S1-Pro. Build it under a mesh: `with jax.set_mesh(make_mesh()): model = create_model(config)`."""
+    """Intern-S1-Pro, or a model of an ancestor's family.
+
+    Build it under a mesh: `with jax.set_mesh(make_mesh()): model = create_model(config)`.
+    """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.text = TextModel(config.text, rngs=rngs)
-        self.vision = None if config.vision is None else VisionTower(config.vision, rngs=rngs)
+        self.vision = _vision_tower(config.vision, rngs)
         self.time_series = None if config.time_series is None else TimeSeriesTower(config.time_series, rngs=rngs)
 
     def embed(self, inputs: ModelInputs) -> Float[Array, "B T D"]:
@@ -66,6 +71,15 @@ class InternS1Pro(nnx.Module):
             moe_chunks=moe_chunks,
             trace=trace,
         )
+
+
+def _vision_tower(config: AnyVision | None, rngs: nnx.Rngs) -> VisionTower | InternVit | None:
+    match config:
+        case VisionConfig():
+            return VisionTower(config, rngs=rngs)
+        case InternVitConfig():
+            return InternVit(config, rngs=rngs)
+    return None
 
 
 def create_model(config: ModelConfig, seed: int = 0) -> InternS1Pro:

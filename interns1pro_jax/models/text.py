@@ -95,7 +95,8 @@ class TextModel(nnx.Module):
         self.embed_VD = parameter(rngs, init, (config.vocab_size, config.hidden_size), (None, "embed"), dtype)
         self.runs = nnx.List([stack_blocks(config, moe, count, rngs=rngs) for moe, _, count in config.layer_runs])
         self.final_norm_D = parameter(rngs, ones, (config.hidden_size,), (None,), dtype)
-        self.lm_head_DV = parameter(rngs, init, (config.hidden_size, config.vocab_size), ("embed", None), dtype)
+        if not config.tie_word_embeddings:
+            self.lm_head_DV = parameter(rngs, init, (config.hidden_size, config.vocab_size), ("embed", None), dtype)
         self.fope = None if config.fope is None else Fope(config, rngs=rngs)
 
     def embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -110,9 +111,14 @@ class TextModel(nnx.Module):
         coefs = () if self.fope is None else (self.fope.sin_coef[...], self.fope.cos_coef[...])
         return rotary_tables(positions_BT, text_frequencies(self.config), self.config.head_dim, *coefs)
 
+    @property
+    def head_DV(self) -> Float[Array, "D V"]:
+        """The output head: its own matrix, or the embedding where the config ties the two."""
+        return self.embed_VD[...].T if self.config.tie_word_embeddings else self.lm_head_DV[...]
+
     def logits(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Logits in the compute dtype (the loss uses `ops.losses.cross_entropy`, which never holds all of them)."""
-        return jnp.einsum("btd,dv->btv", hidden_BTD, self.lm_head_DV[...].astype(hidden_BTD.dtype))
+        return jnp.einsum("btd,dv->btv", hidden_BTD, self.head_DV.astype(hidden_BTD.dtype))
 
     def __call__(
         self,

@@ -66,8 +66,8 @@ class VisionTower(nnx.Module):
         valid_PI = inputs.frame_ids > 0
         # Whatever lies in the padding, even NaN, must not reach a product: 0 * NaN would spoil sums over patches.
         patches_PIX = jnp.where(valid_PI[..., None], inputs.patches, 0).astype(dtype)
-        patch_embed_PID = jnp.einsum("PIX,XD->PID", patches_PIX, _weight(self.patch_kernel_ID, dtype)) + _weight(self.patch_bias_D, dtype)
-        pos_embed_PID = _interpolate(_weight(self.position_ND, dtype), inputs.position_index, inputs.position_weight)
+        patch_embed_PID = jnp.einsum("PIX,XD->PID", patches_PIX, gathered(self.patch_kernel_ID, dtype)) + gathered(self.patch_bias_D, dtype)
+        pos_embed_PID = _interpolate(gathered(self.position_ND, dtype), inputs.position_index, inputs.position_weight)
         angles_PIH = rotary_angles(inputs.row_col, self.config.head_dim)
         cos_PIH, sin_PIH = (jnp.concatenate([f(angles_PIH)] * 2, axis=-1) for f in (jnp.cos, jnp.sin))
 
@@ -120,16 +120,16 @@ class VisionBlock(nnx.Module):
         """`frame_ids_PI` are those of the patches in `x_PID`, `whole_ids_PI` those of whole packs, in reading order."""
         dtype = x_PID.dtype
         y_PID = layer_norm(x_PID, self.norm1_scale_D[...], self.norm1_bias_D[...], _NORM_EPS)
-        qkv = jnp.einsum("PID,DCQH->CPIQH", y_PID, _weight(self.qkv_DCQH, dtype))
-        q_PIQH, k_PIQH, v_PIQH = qkv + _weight(self.qkv_bias_CQH, dtype)[:, None, None]
+        qkv = jnp.einsum("PID,DCQH->CPIQH", y_PID, gathered(self.qkv_DCQH, dtype))
+        q_PIQH, k_PIQH, v_PIQH = qkv + gathered(self.qkv_bias_CQH, dtype)[:, None, None]
         cos, sin = cos_PIH[:, :, None], sin_PIH[:, :, None]
         q_PIQH, k_PIQH = (apply_rotary(a.astype(jnp.float32), cos, sin).astype(dtype) for a in (q_PIQH, k_PIQH))
         y_PIQH = dot_product_attention(q_PIQH, k_PIQH, v_PIQH, q_segment_ids=frame_ids_PI, kv_segment_ids=whole_ids_PI, causal=False)
-        x_PID += jnp.einsum("PIQH,QHD->PID", y_PIQH, _weight(self.proj_QHD, dtype)) + _weight(self.proj_bias_D, dtype)
+        x_PID += jnp.einsum("PIQH,QHD->PID", y_PIQH, gathered(self.proj_QHD, dtype)) + gathered(self.proj_bias_D, dtype)
 
         y_PID = layer_norm(x_PID, self.norm2_scale_D[...], self.norm2_bias_D[...], _NORM_EPS)
-        y_PIF = _gelu(jnp.einsum("PID,DF->PIF", y_PID, _weight(self.fc1_DF, dtype)) + _weight(self.fc1_bias_F, dtype), approximate=True)
-        return x_PID + jnp.einsum("PIF,FD->PID", y_PIF, _weight(self.fc2_FD, dtype)) + _weight(self.fc2_bias_D, dtype)
+        y_PIF = gelu(jnp.einsum("PID,DF->PIF", y_PID, gathered(self.fc1_DF, dtype)) + gathered(self.fc1_bias_F, dtype), approximate=True)
+        return x_PID + jnp.einsum("PIF,FD->PID", y_PIF, gathered(self.fc2_FD, dtype)) + gathered(self.fc2_bias_D, dtype)
 
 
 class VisionMerger(nnx.Module):
@@ -154,8 +154,8 @@ class VisionMerger(nnx.Module):
         p, i, d = norm_PID.shape
         merged = self.config.spatial_merge_size**2
         y = norm_PID.reshape(p, i // merged, merged, d).reshape(p, i // merged, merged * d)
-        y = _gelu(jnp.einsum("PIE,EF->PIF", y, _weight(self.fc1_EF, dtype)) + _weight(self.fc1_bias_F, dtype), approximate=False)
-        return jnp.einsum("PIF,FD->PID", y, _weight(self.fc2_FD, dtype)) + _weight(self.fc2_bias_D, dtype), norm_PID
+        y = gelu(jnp.einsum("PIE,EF->PIF", y, gathered(self.fc1_EF, dtype)) + gathered(self.fc1_bias_F, dtype), approximate=False)
+        return jnp.einsum("PIF,FD->PID", y, gathered(self.fc2_FD, dtype)) + gathered(self.fc2_bias_D, dtype), norm_PID
 
 
 def rotary_angles(row_col: Int[Array, "P I 2"], head_dim: int) -> Float[Array, "P I H/2"]:
@@ -190,7 +190,7 @@ def _whole(embeddings_PnD: Array) -> Array:
     return jax.sharding.reshard(context.reading_order(embeddings_PnD), PartitionSpec(packs, None, None))
 
 
-def _weight(w: nnx.Variable, dtype: jnp.dtype) -> Array:
+def gathered(w: nnx.Variable, dtype: jnp.dtype) -> Array:
     """The whole parameter on every device, in the compute dtype; its gradient returns to the parameter's own sharding."""
     return jax.sharding.reshard(w[...].astype(dtype), PartitionSpec())
 
@@ -202,5 +202,6 @@ def _interpolate(table_ND: Array, index_PI4: Array, weight_PI4: Array) -> Float[
     return jnp.sum(corners * weight_PI4.astype(table_ND.dtype)[..., None], axis=2)
 
 
-def _gelu(x: Array, *, approximate: bool) -> Array:
+def gelu(x: Array, *, approximate: bool) -> Array:
+    """GELU in float32, by tanh or exact."""
     return jax.nn.gelu(x.astype(jnp.float32), approximate=approximate).astype(x.dtype)

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from interns1pro_jax.config import VisionConfig
 from interns1pro_jax.models.inputs import VisionInputs
+from interns1pro_jax.tower_config import AnyVision, InternVitConfig
 
 _SMALLEST_BUCKET = 16  # embeddings
 
@@ -33,19 +33,19 @@ class VisionItem(NamedTuple):
     grid: tuple[int, int, int]
 
 
-def tokens_per_item(grid: Sequence[int], config: VisionConfig) -> int:
+def tokens_per_item(grid: Sequence[int], config: AnyVision) -> int:
     """Embeddings, hence placeholder tokens, of one image or video of grid (t, h, w)."""
     return math.prod(int(n) for n in grid) // config.spatial_merge_size**2
 
 
-def bucket_size(patches: int, config: VisionConfig) -> int:
-    """The default padded size for this many patches: a power of two of embeddings, so that few shapes are ever compiled."""
-    merged = config.spatial_merge_size**2
-    embeddings = max(-(-patches // merged), _SMALLEST_BUCKET)
-    return merged * 2 ** (embeddings - 1).bit_length()
+def bucket_size(patches: int, config: AnyVision) -> int:
+    """The default padded size for this many patches: a power of two of embeddings (of tiles), so that few shapes are ever compiled."""
+    unit = config.pack_unit
+    smallest = -(-_SMALLEST_BUCKET * config.spatial_merge_size**2 // unit)
+    return unit * 2 ** (max(-(-patches // unit), smallest) - 1).bit_length()
 
 
-def pack_vision(packs: Sequence[Sequence[VisionItem]], config: VisionConfig, *, size: int | None = None) -> VisionInputs:
+def pack_vision(packs: Sequence[Sequence[VisionItem]], config: AnyVision, *, size: int | None = None) -> VisionInputs:
     """Packs images and videos of any sizes into arrays of static shape.
 
     Args:
@@ -60,15 +60,19 @@ def pack_vision(packs: Sequence[Sequence[VisionItem]], config: VisionConfig, *, 
     Raises:
       ValueError: no pack; an item does not fit its grid or the config, or has non-finite pixels; a pack exceeds `size`.
     """
-    merged = config.spatial_merge_size**2
     if not packs:
         raise ValueError("no pack to make; give at least one (it may be empty).")
     checked = [[_checked(item, config, f"pack {p}, item {i}") for i, item in enumerate(items)] for p, items in enumerate(packs)]
     counts = [sum(len(item.patches) for item in items) for items in checked]
     if size is None:
         size = bucket_size(max(counts), config)
-    if size <= 0 or size % merged:
-        raise ValueError(f"size={size} must be a positive multiple of spatial_merge_size**2={merged}, the patches of one embedding.")
+    if size <= 0 or size % config.pack_unit:
+        unit = (
+            f"{config.tile_side}**2={config.pack_unit}, the patches of a tile"
+            if isinstance(config, InternVitConfig)
+            else (f"spatial_merge_size**2={config.pack_unit}, the patches of one embedding")
+        )
+        raise ValueError(f"size={size} must be a positive multiple of {unit}.")
     for p, count in enumerate(counts):
         if count > size:
             raise ValueError(f"pack {p} has {count} patches, but size={size}; raise the size, move items to another pack or shrink them.")
@@ -78,7 +82,7 @@ def pack_vision(packs: Sequence[Sequence[VisionItem]], config: VisionConfig, *, 
     return VisionInputs(**stacked)
 
 
-def _pack(items: Sequence[VisionItem], size: int, config: VisionConfig) -> dict[str, np.ndarray]:
+def _pack(items: Sequence[VisionItem], size: int, config: AnyVision) -> dict[str, np.ndarray]:
     """The arrays of one pack, without the leading axis."""
     out = {
         "patches": np.zeros((size, config.patch_dim), np.float32),
@@ -100,7 +104,7 @@ def _pack(items: Sequence[VisionItem], size: int, config: VisionConfig) -> dict[
     return out
 
 
-def _checked(item: VisionItem, config: VisionConfig, where: str) -> VisionItem:
+def _checked(item: VisionItem, config: AnyVision, where: str) -> VisionItem:
     """The item as fp32 patches and a grid of ints, or an error that names it."""
     if not isinstance(item, VisionItem):
         raise ValueError(f"{where} is a {type(item).__name__}, expected a VisionItem; give a sequence of packs, each a sequence of items.")
@@ -108,6 +112,11 @@ def _checked(item: VisionItem, config: VisionConfig, where: str) -> VisionItem:
     merge = config.spatial_merge_size
     if len(grid) != 3 or min(grid) < 1:
         raise ValueError(f"{where}: grid={grid} must be three positive numbers: frames, rows and columns of patches.")
+    if isinstance(config, InternVitConfig) and grid[1:] != (config.tile_side,) * 2:
+        raise ValueError(
+            f"{where}: rows and columns of grid={grid} must be {config.tile_side}, those of a tile; cut the image into tiles of "
+            f"{config.image_size} x {config.image_size} pixels."
+        )
     if grid[1] % merge or grid[2] % merge:
         raise ValueError(
             f"{where}: rows and columns of grid={grid} must be divisible by spatial_merge_size={merge}; "
@@ -133,14 +142,14 @@ def _mesh(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
     return np.stack(np.meshgrid(rows, columns, indexing="ij"), axis=-1)
 
 
-def _merge_order(x_hw: np.ndarray, config: VisionConfig) -> np.ndarray:
+def _merge_order(x_hw: np.ndarray, config: AnyVision) -> np.ndarray:
     """[h, w, n] -> [h*w, n], each merge x merge square of patches contiguous."""
     h, w, n = x_hw.shape
     m = config.spatial_merge_size
     return x_hw.reshape(h // m, m, w // m, m, n).swapaxes(1, 2).reshape(h * w, n)
 
 
-def _interpolation(h: int, w: int, config: VisionConfig) -> tuple[Int[np.ndarray, "patches 4"], Float[np.ndarray, "patches 4"]]:
+def _interpolation(h: int, w: int, config: AnyVision) -> tuple[Int[np.ndarray, "patches 4"], Float[np.ndarray, "patches 4"]]:
     """Rows of the learned position table and their bilinear weights, for a frame of h x w patches (spec 3.2)."""
     side = math.isqrt(config.num_position_embeddings)
     yx = _mesh(_linspace(side - 1, h), _linspace(side - 1, w))

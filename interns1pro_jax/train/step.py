@@ -72,7 +72,7 @@ def loss_function(
     """
     text = model.config.text
     out = model(batch.inputs, probe_L=probe_L, remat=remat, moe_chunks=moe_chunks)
-    total, labels = cross_entropy(out.hidden_BTD, model.text.lm_head_DV[...], batch.labels)
+    total, labels = cross_entropy(out.hidden_BTD, model.text.head_DV, batch.labels)
     counts = Counts.of(batch) if counts is None else counts
     loss = total / jnp.maximum(counts.labels, 1)
     if out.stats is None:
@@ -251,6 +251,6 @@ def make_eval_step(graphdef: nnx.GraphDef) -> Callable[[TrainState, Batch], tupl
 
     def evaluate(state: TrainState, batch: Batch) -> tuple[jax.Array, jax.Array]:
         model = nnx.merge(graphdef, state.params, state.buffers)
-        return cross_entropy(model(batch.inputs).hidden_BTD, model.text.lm_head_DV[...], batch.labels)
+        return cross_entropy(model(batch.inputs).hidden_BTD, model.text.head_DV, batch.labels)
 
     return jax.jit(evaluate)

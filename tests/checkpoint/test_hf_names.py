@@ -39,8 +39,8 @@ def test_the_table_is_the_model(reference, name):
     with jax.set_mesh(make_mesh(expert=1)):
         state = nnx.state(nnx.eval_shape(lambda: InternS1Pro(config, rngs=nnx.Rngs(0))))
     model = {".".join(map(str, path)): variable.get_value().shape for path, variable in nnx.to_flat_state(state)}
-    for fused in (False, True):
-        assert {parameter.path: parameter.shape for parameter in hf_parameters(config, fused_experts=fused)} == model
+    for experts in ("separate", "fused", "fused_transposed"):
+        assert {parameter.path: parameter.shape for parameter in hf_parameters(config, experts=experts)} == model
 
 
 def test_every_stored_tensor_belongs_to_one_place(reference):

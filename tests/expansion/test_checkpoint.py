@@ -114,6 +114,18 @@ def test_experts_in_one_tensor_are_taken_apart(source, tmp_path):
     assert {n: from_fused.read(n).tobytes() for n in from_fused} == {n: from_single.read(n).tobytes() for n in from_single}
 
 
+def test_a_qwen3_moe_grows_into_the_released_layout(source, tmp_path):
+    stored = open_checkpoint(source)
+    tensors = {name.replace("model.language_model.", "model."): stored.read(name) for name in stored}
+    directory = tmp_path / "qwen3_moe"
+    directory.mkdir()
+    save_file(tensors, directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(dataclasses.replace(source_config(), family="qwen3_moe").to_hf()))
+    assert grow(directory, tmp_path / "ours") == grow(source, tmp_path / "theirs")
+    ours, theirs = open_checkpoint(tmp_path / "ours"), open_checkpoint(tmp_path / "theirs")
+    assert {n: ours.read(n).tobytes() for n in ours} == {n: theirs.read(n).tobytes() for n in theirs}
+
+
 def damaged(source, directory, name, value):
     """A copy of the source with one value of one tensor changed."""
     stored = open_checkpoint(source)

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from interns1pro_jax.checkpoint.hf_import import load_model
-from interns1pro_jax.checkpoint.hf_names import HfParameter, hf_parameters
+from interns1pro_jax.checkpoint.hf_import import load_model, parameters_of
+from interns1pro_jax.checkpoint.hf_names import HfParameter
 from interns1pro_jax.checkpoint.safetensors_io import Checkpoint, open_checkpoint
 from interns1pro_jax.config import ModelConfig, TextConfig
 from interns1pro_jax.models.inputs import ModelInputs
@@ -46,8 +46,7 @@ class Subject:
     @functools.cached_property
     def parameters(self) -> tuple[HfParameter, ...]:
         """The table of tensor names in the layout that this checkpoint has."""
-        fused = any(name.endswith(".mlp.experts.gate_up_proj") for name in self.stored)
-        return hf_parameters(self.config, fused_experts=fused)
+        return parameters_of(self.stored, self.config)
 
     @functools.cached_property
     def tensors(self) -> dict[str, np.ndarray]:

@@ -41,7 +41,7 @@ def _gradients(graph: nnx.GraphDef, params: Any, rest: Any, inputs: ModelInputs,
         model: InternS1Pro = nnx.merge(graph, params, rest)
         out = model(inputs, trace=True)
         shifted_BT = jnp.pad(labels_BT[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED)
-        total, count = cross_entropy(out.hidden_BTD, model.text.lm_head_DV[...], shifted_BT)
+        total, count = cross_entropy(out.hidden_BTD, model.text.head_DV, shifted_BT)
         assert out.trace is not None
         logits = [run.router_logits_BTE for run in out.trace if run.router_logits_BTE is not None]
         aux = jnp.float32(0)

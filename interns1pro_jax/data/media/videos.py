@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from interns1pro_jax.config import VisionConfig
 from interns1pro_jax.data.image_processing import PixelBounds
 from interns1pro_jax.data.media.limits import MediaError, Reason, Source, VideoLimits, check_size, decoding, named, opened, optional_module
 from interns1pro_jax.data.video_processing import VIDEO_BOUNDS, FrameSampling, patch_seconds, resize_frame, resize_video, sample_frames
+from interns1pro_jax.tower_config import AnyVision
 
 # Containers that hold their own pictures: FFmpeg also knows playlists, whose entries it would fetch from wherever they point.
 _CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,asf,flv,ogg,gif,apng,ivf"
@@ -74,7 +74,7 @@ def probe_video(source: Source, *, name: str | None = None, limits: VideoLimits 
 
 def read_video(
     source: Source,
-    config: VisionConfig,
+    config: AnyVision,
     *,
     sampling: FrameSampling | None = None,
     bounds: PixelBounds = VIDEO_BOUNDS,
