@@ -19,6 +19,7 @@ from interns1pro_jax.infer import sampling
 from interns1pro_jax.optim import optimizer, schedule
 from interns1pro_jax.train.faults import FaultPolicy
 from interns1pro_jax.train.loop import LoopConfig
+from interns1pro_jax.train.objective import Objective
 from interns1pro_jax.train.step import StepConfig
 
 _DATACLASSES = (
@@ -40,6 +41,7 @@ _DATACLASSES = (
     optimizer.OptimizerConfig,
     FaultPolicy,
     ExpansionConfig,
+    Objective,
     LoopConfig,
     StepConfig,
 )

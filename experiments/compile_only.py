@@ -19,6 +19,7 @@ from interns1pro_jax.optim.optimizer import OptimizerConfig, make_optimizer
 from interns1pro_jax.sharding import MeshConfig
 from interns1pro_jax.train import aot
 from interns1pro_jax.train.feed import abstract_batch
+from interns1pro_jax.train.objective import MEAN_OVER_TOKENS, Objective
 from interns1pro_jax.train.state import abstract_init
 from interns1pro_jax.train.step import StepConfig, make_train_step
 from interns1pro_jax.train.step_picture import draw
@@ -33,6 +34,7 @@ def compile_step(
     optimizer: OptimizerConfig,
     schedule: optax.Schedule,
     step: StepConfig,
+    objective: Objective = MEAN_OVER_TOKENS,
     compiler_options: Mapping[str, str],
     title: str,
     keep: Path | None = None,
@@ -56,7 +58,7 @@ def compile_step(
                 f"parameters, gradients and optimizer alone need {needed / GIB:.1f} GiB of each of {target.size} devices, which have "
                 f"{hardware.hbm / GIB:.2f}; use more devices, or OptimizerConfig.moment_dtype='bfloat16'."
             )
-        step_fn = make_train_step(graphdef, model.text, optim, step)
+        step_fn = make_train_step(graphdef, model.text, optim, step, objective=objective)
         options = compiler_options if mesh.topology else None
         program = aot.compile_for(target, step_fn, state, batch, compiler_options=options, keep=keep)
         report = make_report(

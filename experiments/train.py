@@ -41,6 +41,7 @@ from interns1pro_jax.train.feed import local_rows, place_batch
 from interns1pro_jax.train.loop import LoopConfig, default_writers
 from interns1pro_jax.train.loop import train as train_loop
 from interns1pro_jax.train.metrics import Writer, replace
+from interns1pro_jax.train.objective import MEAN_OVER_TOKENS, Objective
 from interns1pro_jax.train.report import OPERATIVE_CONFIG, CaptionLoss, HeldOut, ReportData, Sample, write_report
 from interns1pro_jax.train.state import TrainState, init_state
 from interns1pro_jax.train.step import StepConfig, make_eval_step, make_train_step
@@ -56,6 +57,7 @@ def train(
     schedule: optax.Schedule,
     loop: LoopConfig,
     step: StepConfig,
+    objective: Objective = MEAN_OVER_TOKENS,
     compiler_options: Mapping[str, str] = MappingProxyType({}),
     weights: str | None = None,
     seed: int = 0,
@@ -87,6 +89,7 @@ def train(
             optimizer=optimizer,
             schedule=schedule,
             step=step,
+            objective=objective,
             compiler_options=compiler_options,
             title=title,
             keep=workdir / "step.json.gz",
@@ -134,13 +137,13 @@ def train(
 
         beginnings = _beginnings(held_out, tokenizer, model, corpus)
         some_held_out = list(itertools.islice(held_out.in_order(), corpus.evaluation_batches))
-        identity = run_identity(model, corpus, tokenizer.fingerprint, optimizer, seed)
+        identity = run_identity(model, corpus, tokenizer.fingerprint, optimizer, objective, seed)
         with CheckpointManager(workdir / "checkpoints", identity, keep_last=keep_checkpoints) as checkpoints:
             if weights is not None and checkpoints.latest_step is None:
                 state = _start_from(state, Path(weights), model)
             state = train_loop(
                 state,
-                make_train_step(graphdef, model.text, optim, step, loop.faults, compiler_options=options),
+                make_train_step(graphdef, model.text, optim, step, loop.faults, objective, compiler_options=options),
                 training,
                 loop,
                 workdir=workdir,
@@ -220,7 +223,9 @@ def _check_same(model: ModelConfig, stored: ModelConfig, directory: Path) -> Non
         raise ConfigError(f"the weights in {directory} are of another model ({'; '.join(differing[:6])}); bind the model to their sizes.")
 
 
-def run_identity(model: ModelConfig, corpus: Corpus, tokenizer: str, optimizer: OptimizerConfig, seed: int) -> dict[str, Any]:
+def run_identity(
+    model: ModelConfig, corpus: Corpus, tokenizer: str, optimizer: OptimizerConfig, objective: Objective, seed: int
+) -> dict[str, Any]:
     """What a run must have in common with the one whose checkpoint it continues: all that decides its batches and its state.
 
     The schedule may change: a run can be made longer, or its decay begun, from a checkpoint. The mixture may change from where it is on
@@ -231,6 +236,7 @@ def run_identity(model: ModelConfig, corpus: Corpus, tokenizer: str, optimizer: 
         "tokenizer": tokenizer,
         "pipeline": dataclasses.asdict(corpus.pipeline),
         "optimizer": dataclasses.asdict(optimizer),
+        "objective": dataclasses.asdict(objective),
         "seed": seed,
     }
 

@@ -82,23 +82,28 @@ class RouterConfig:
       temperature: tau of the straight-through softmax.
       balance_coef: weight of the load-balancing loss, which is 1 when balanced. The released format's `router_aux_loss_coef`
         weighs a loss that is `num_experts_per_tok` when balanced (spec 2.4), so it is smaller by that factor: 0.001 where absent.
-      balance_over: what the load-balancing loss takes an expert's share of: the tokens of the `batch` (of each microbatch where
-        gradients are accumulated, as in the authors' trainer), or of each `row`, which asks for more balance, but gives the same
-        gradient however the batch is split.
+      balance_in_group_coef: weight of the same loss within each group, from a softmax over its experts.
+      balance_over: what the load-balancing losses take an expert's share of: the tokens of the `batch`, of each `microbatch` (as in the
+        authors' trainer), or of each `row`, which asks for more balance. Only the first gives the same gradient however the batch
+        is packed and accumulated; where it is accumulated, that costs a forward pass that counts beforehand.
       z_coef: weight of the z-loss, mean of logsumexp(logits)^2.
+      z_in_group_coef: weight of the same over the logits of each group, and the mean of the groups.
     """
 
     straight_through: bool = True
     temperature: float = 1.0
     balance_coef: float = 1e-3
+    balance_in_group_coef: float = 0.0
     balance_over: str = "batch"
     z_coef: float = 0.0
+    z_in_group_coef: float = 0.0
 
     def __post_init__(self) -> None:
         check_fields(self)
         require(self.temperature > 0, f"RouterConfig.temperature={self.temperature} must be positive.")
-        require(self.balance_over in ("batch", "row"), f"RouterConfig.balance_over={self.balance_over!r} is unknown; use batch or row.")
-        for name in ("balance_coef", "z_coef"):
+        spans = ("batch", "microbatch", "row")
+        require(self.balance_over in spans, f"RouterConfig.balance_over={self.balance_over!r} is unknown; use one of {', '.join(spans)}.")
+        for name in ("balance_coef", "balance_in_group_coef", "z_coef", "z_in_group_coef"):
             require(getattr(self, name) >= 0, f"RouterConfig.{name}={getattr(self, name)} must not be negative; zero switches it off.")
 
 
@@ -289,7 +294,8 @@ class ModelConfig:
         """The content of the family's `config.json` for this model.
 
         `from_hf` of it gives this config back, but for what that format has no place for: the router's `straight_through`,
-        `temperature` and `z_coef` come back as the defaults, and every `param_dtype` as the `dtype` beside it.
+        `temperature`, `balance_over` and the coefficients but `balance_coef` come back as the defaults, and every `param_dtype` as the
+        `dtype` beside it.
         `router_aux_loss_coef` is `balance_coef / num_experts_per_tok` (see `RouterConfig`).
         """
         family = FAMILIES[self.family]

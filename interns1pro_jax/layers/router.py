@@ -63,8 +63,9 @@ class RouterStats:
 
     Attributes:
       load_E: tokens sent to each expert.
-      mass_E: sum of the routing probabilities of each expert (differentiable).
-      z: sum of logsumexp(logits)^2 (differentiable).
+      mass_E, mass_in_group_E: sum of the probabilities of each expert, from the softmax over all and over those of its group
+        (differentiable).
+      z, z_in_group: sum of logsumexp(logits)^2 over all experts, and of its mean over the groups (differentiable).
       entropy: sum of the entropies of the softmax over all experts, in nats.
       logit_max: largest absolute logit.
       tokens: number of valid tokens.
@@ -72,7 +73,9 @@ class RouterStats:
 
     load_E: Float[Array, "*rows E"]
     mass_E: Float[Array, "*rows E"]
+    mass_in_group_E: Float[Array, "*rows E"]
     z: Float[Array, "*rows"]
+    z_in_group: Float[Array, "*rows"]
     entropy: Float[Array, "*rows"]
     logit_max: Float[Array, "*rows"]
     tokens: Float[Array, "*rows"]
@@ -166,15 +169,20 @@ def _local_route(logits_BTE, replay_BTGC, probe, **options):
 def _stats(logits: jax.Array, ids: jax.Array, valid: jax.Array) -> RouterStats:
     mask = valid[..., None].astype(jnp.float32)
     size = logits.shape[-1] // ids.shape[-2]
-    # The reshape says where its result lives: with one token per row or one group it could not be told from the shapes.
-    selected = (ids[..., None] == jnp.arange(size)).any(-2).reshape(logits.shape, out_sharding=sharding.spec("batch", "sequence", None))
+    # Reshapes say where their results live: with one token per row or one group it could not be told from the shapes.
+    split = sharding.spec("batch", "sequence", None)
+    selected = (ids[..., None] == jnp.arange(size)).any(-2).reshape(logits.shape, out_sharding=split)
+    logits_BTGe = logits.reshape(*ids.shape[:-1], size, out_sharding=sharding.spec("batch", "sequence", None, None))
     probs = jax.nn.softmax(logits, -1)
-    log_z = jax.nn.logsumexp(logits, -1)
+    probs_in_group = jax.nn.softmax(logits_BTGe, -1).reshape(logits.shape, out_sharding=split)
+    log_z, log_z_BTG = jax.nn.logsumexp(logits, -1), jax.nn.logsumexp(logits_BTGe, -1)
     entropy = jax.lax.stop_gradient(log_z - (probs * logits).sum(-1))
     return RouterStats(
         load_E=(selected * mask).sum(1),
         mass_E=(probs * mask).sum(1),
+        mass_in_group_E=(probs_in_group * mask).sum(1),
         z=(log_z**2 * mask[..., 0]).sum(1),
+        z_in_group=((log_z_BTG**2).mean(-1) * mask[..., 0]).sum(1),
         entropy=(entropy * mask[..., 0]).sum(1),
         logit_max=jnp.max(jnp.abs(jax.lax.stop_gradient(logits)) * mask, (1, 2)),
         tokens=mask.sum((1, 2)),

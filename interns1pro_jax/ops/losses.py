@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -10,11 +10,16 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from interns1pro_jax import sharding
 from interns1pro_jax.ops.layout import transposed_copy
 from interns1pro_jax.ops.projection import gather_weight
 from interns1pro_jax.ops.varying import as_varying, match_varying, varying_axes
 
 IGNORED = -100
+
+# Weight of a label as a power of the number of labels of its sample (Intern-S1 report, equations 3 and 4; spec 1.11): every label counts
+# the same, or every sample, or what lies between.
+AVERAGING: Mapping[str, float] = {"token": 0.0, "square": -0.5, "sample": -1.0}
 
 # Logits held at a time, per device: 128 MiB in fp32; but at least these tokens, so that products stay large: each chunk also reads and
 # writes the gradient of the whole head, 5 GB at the released sizes.
@@ -22,25 +27,59 @@ _MAX_LOGITS = 2**25
 _LEAST_CHUNK = 1024
 
 
+def label_weights(labels_BT: Int[Array, "B T"], segment_ids_BT: Int[Array, "B T"], averaging: str) -> Float[Array, "B T"]:
+    """`AVERAGING` of the labels in float32: l to its power, l being the labels of the document that a position belongs to; 0 where the
+    label is -100. A document is a segment of a row, so a text that was cut into several rows is several.
+    """
+    if not AVERAGING[averaging]:
+        return (labels_BT != IGNORED).astype(jnp.float32)
+    row = sharding.spec("batch", None)
+
+    def weights(labels_BT: Array, segment_ids_BT: Array) -> Array:
+        counted_BT = labels_BT != IGNORED
+        counts_BS = jax.vmap(lambda mask_T, ids_T: jnp.zeros(ids_T.size + 1, jnp.int32).at[ids_T].add(mask_T))(counted_BT, segment_ids_BT)
+        count_BT = jnp.take_along_axis(counts_BS, segment_ids_BT, axis=1)
+        return jnp.where(counted_BT, jnp.maximum(count_BT, 1).astype(jnp.float32) ** AVERAGING[averaging], 0)
+
+    return jax.shard_map(weights, in_specs=(row, row), out_specs=row)(
+        *(sharding.constrain(x, "batch", None) for x in (labels_BT, segment_ids_BT))
+    )
+
+
+def ordered_sum(x_BT: Float[Array, "B T"]) -> Float[Array, ""]:
+    """The sum, in float32. The sums of the devices are gathered and added in their order: an all-reduce of a scalar adds them in any
+    order, and a run that is started again would differ from one that was not."""
+    spec = jax.typeof(x_BT).sharding.spec
+    by_device = jax.shard_map(lambda x: x.sum(dtype=jnp.float32)[None], in_specs=spec, out_specs=PartitionSpec(_axes(spec)))(x_BT)
+    return jax.sharding.reshard(by_device, PartitionSpec()).sum()
+
+
+def _axes(spec: PartitionSpec) -> tuple[str, ...]:
+    return tuple(axis for dim in spec for axis in ((dim,) if isinstance(dim, str) else dim or ()))
+
+
 def cross_entropy(
-    hidden_BTD: Float[Array, "B T D"], lm_head_DV: Float[Array, "D V"], labels_BT: Int[Array, "B T"]
+    hidden_BTD: Float[Array, "B T D"],
+    lm_head_DV: Float[Array, "D V"],
+    labels_BT: Int[Array, "B T"],
+    weights_BT: Float[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    """Sum of the losses -log p(label), and the number of labels counted (those that are not -100).
+    """Sum of the losses -log p(label), times their weights if there are any, and the number of labels (those that are not -100). There is
+    no gradient with respect to the weights.
 
     Products in the dtype of `hidden_BTD`, everything else in fp32. Each device goes through its own tokens chunk by chunk. Since
     the result is one sum, the gradients of a chunk are known up to one common factor as soon as its logits are: they are
     computed in the same visit, so that no logits are kept or computed again for the backward pass.
     """
-    tokens_spec = PartitionSpec(*jax.typeof(hidden_BTD).sharding.spec[:2])
-    used = tuple(axis for dim in tokens_spec for axis in ((dim,) if isinstance(dim, str) else dim or ()))
+    used = _axes(PartitionSpec(*jax.typeof(hidden_BTD).sharding.spec[:2]))
+    weights_BT = (labels_BT != IGNORED).astype(jnp.float32) if weights_BT is None else weights_BT
 
-    def sums(hidden_ND: Array, lm_head_DV: Array, labels_BT: Array) -> tuple[Array, Array]:
+    def sums(hidden_ND: Array, lm_head_DV: Array, labels_BT: Array, weights_BT: Array) -> tuple[Array, Array]:
         labels_N = labels_BT.reshape(-1)
-        return _sum_of_losses(hidden_ND, lm_head_DV, labels_N)[None], jnp.sum(labels_N != IGNORED)[None]
+        return _sum_of_losses(hidden_ND, lm_head_DV, labels_N, weights_BT.reshape(-1))[None], jnp.sum(labels_N != IGNORED)[None]
 
-    by_device = _on_each_device(sums, PartitionSpec(used), hidden_BTD, lm_head_DV, labels_BT)
-    # The sums of the devices are gathered and added in their order: an all-reduce of a scalar adds them in any order, and a run
-    # that is started again would differ from one that was not.
+    by_device = _on_each_device(sums, PartitionSpec(used), hidden_BTD, lm_head_DV, labels_BT, weights_BT)
+    # Added in their order: see `ordered_sum`.
     total, count = (jax.sharding.reshard(part, PartitionSpec()).sum() for part in by_device)
     return total, count
 
@@ -58,26 +97,29 @@ def token_log_probs(
     return _on_each_device(log_probs, tokens_spec, hidden_BTD, lm_head_DV, labels_BT)
 
 
-def _on_each_device(function: Callable, out_specs: PartitionSpec, hidden_BTD: Array, lm_head_DV: Array, labels_BT: Array) -> Any:
-    """`function(hidden_ND, lm_head_DV, labels_BT)` of each device's tokens and the whole matrix in the hidden states' dtype."""
+def _on_each_device(function: Callable, out_specs: PartitionSpec, hidden_BTD: Array, lm_head_DV: Array, *by_token: Array) -> Any:
+    """`function(hidden_ND, lm_head_DV, *by_token)` of each device's tokens and the whole matrix in the hidden states' dtype."""
     hidden_spec, lm_head_spec = jax.typeof(hidden_BTD).sharding.spec, jax.typeof(lm_head_DV).sharding.spec
     tokens_spec = PartitionSpec(*hidden_spec[:2])
 
-    def local(hidden_BTD: Array, lm_head_DV: Array, labels_BT: Array) -> Any:
+    def local(hidden_BTD: Array, lm_head_DV: Array, *by_token: Array) -> Any:
         with jax.named_scope("lm_head"):
             lm_head_DV = gather_weight(hidden_BTD, lm_head_DV, lm_head_spec)
-        return function(*match_varying(hidden_BTD.reshape(labels_BT.size, -1), lm_head_DV, labels_BT))
+        return function(*match_varying(hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), lm_head_DV, *by_token))
 
-    return jax.shard_map(local, in_specs=(hidden_spec, lm_head_spec, tokens_spec), out_specs=out_specs)(
-        hidden_BTD, lm_head_DV, jax.sharding.reshard(labels_BT, tokens_spec)
+    return jax.shard_map(local, in_specs=(hidden_spec, lm_head_spec, *(tokens_spec,) * len(by_token)), out_specs=out_specs)(
+        hidden_BTD, lm_head_DV, *(jax.sharding.reshard(x, tokens_spec) for x in by_token)
     )
 
 
 def cross_entropy_reference(
-    hidden_BTD: Float[Array, "B T D"], lm_head_DV: Float[Array, "D V"], labels_BT: Int[Array, "B T"]
+    hidden_BTD: Float[Array, "B T D"],
+    lm_head_DV: Float[Array, "D V"],
+    labels_BT: Int[Array, "B T"],
+    weights_BT: Float[Array, "B T"] | float = 1.0,
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """`cross_entropy` with all logits at once."""
-    return -jnp.sum(token_log_probs_reference(hidden_BTD, lm_head_DV, labels_BT)), jnp.sum(labels_BT != IGNORED)
+    return -jnp.sum(token_log_probs_reference(hidden_BTD, lm_head_DV, labels_BT) * weights_BT), jnp.sum(labels_BT != IGNORED)
 
 
 def token_log_probs_reference(
@@ -91,32 +133,32 @@ def token_log_probs_reference(
 
 
 @jax.custom_vjp
-def _sum_of_losses(hidden_ND: Array, lm_head_DV: Array, labels_N: Array) -> Array:
+def _sum_of_losses(hidden_ND: Array, lm_head_DV: Array, labels_N: Array, weights_N: Array) -> Array:
     def add_chunk(total: Array, chunk: tuple[Array, ...]) -> tuple[Array, None]:
-        labels_C, hidden_CD = chunk
-        losses, _, _ = _chunk_losses(hidden_CD, labels_C, lm_head_DV)
-        return total + losses.sum(), None
+        labels_C, hidden_CD, weights_C = chunk
+        losses_C, _, _ = _chunk_losses(hidden_CD, labels_C, lm_head_DV)
+        return total + (losses_C * weights_C).sum(), None
 
     total = as_varying(jnp.float32(0), varying_axes(hidden_ND))
-    return jax.lax.scan(add_chunk, total, _chunks(lm_head_DV.shape[1], labels_N, hidden_ND))[0]
+    return jax.lax.scan(add_chunk, total, _chunks(lm_head_DV.shape[1], labels_N, hidden_ND, weights_N))[0]
 
 
-def _forward(hidden_ND: Array, lm_head_DV: Array, labels_N: Array) -> tuple[Array, tuple[Array, Array]]:
+def _forward(hidden_ND: Array, lm_head_DV: Array, labels_N: Array, weights_N: Array) -> tuple[Array, tuple[Array, Array]]:
     def add_chunk(carry: tuple[Array, Array], chunk: tuple[Array, ...]) -> tuple[tuple[Array, Array], Array]:
         total, grad_head_DV = carry
-        labels_C, hidden_CD = chunk
+        labels_C, hidden_CD, weights_C = chunk
         losses_C, logits_CV, log_z_C = _chunk_losses(hidden_CD, labels_C, lm_head_DV)
-        grad_hidden_CD, more_DV = _chunk_gradients(hidden_CD, labels_C, lm_head_DV, logits_CV, log_z_C, jnp.float32(1))
-        return (total + losses_C.sum(), grad_head_DV + more_DV), grad_hidden_CD
+        grad_hidden_CD, more_DV = _chunk_gradients(hidden_CD, labels_C, lm_head_DV, logits_CV, log_z_C, weights_C[:, None])
+        return (total + (losses_C * weights_C).sum(), grad_head_DV + more_DV), grad_hidden_CD
 
     zeros = as_varying(jnp.float32(0), varying_axes(hidden_ND)), jnp.zeros_like(lm_head_DV, jnp.float32)
-    (total, grad_head_DV), grad_hidden = jax.lax.scan(add_chunk, zeros, _chunks(lm_head_DV.shape[1], labels_N, hidden_ND))
+    (total, grad_head_DV), grad_hidden = jax.lax.scan(add_chunk, zeros, _chunks(lm_head_DV.shape[1], labels_N, hidden_ND, weights_N))
     return total, (_joined(grad_hidden, labels_N.size), grad_head_DV.astype(lm_head_DV.dtype))
 
 
-def _backward(gradients: tuple[Array, Array], factor: Array) -> tuple[Array, Array, None]:
+def _backward(gradients: tuple[Array, Array], factor: Array) -> tuple[Array, Array, None, None]:
     grad_hidden_ND, grad_head_DV = (gradient * factor.astype(gradient.dtype) for gradient in gradients)
-    return grad_hidden_ND, grad_head_DV, None
+    return grad_hidden_ND, grad_head_DV, None, None
 
 
 _sum_of_losses.defvjp(_forward, _backward)

@@ -10,18 +10,20 @@ from jaxtyping import Array, Bool, Float
 def balance_loss(load_LE: Float[Array, "L E"], mass_LE: Float[Array, "L E"], tokens: Float[Array, ""], groups: int = 1) -> Float[Array, ""]:
     """Load-balancing loss of the experts actually chosen: mean over layers of `E * sum_e f_e * P_e`; 1 when balanced.
 
-    f_e is the share of assignments that expert e got (no gradient), P_e its mean probability. With `groups` > 1 both are
-    normalised inside each group, and the mean over groups is taken: it measures what grouping leaves unbalanced.
+    f_e is the share of assignments that expert e got (no gradient), P_e its mean probability. With `groups` > 1 shares are those within
+    a group, probabilities have to be, and the mean over groups is taken: it measures what grouping leaves unbalanced.
+
+    The loss is linear in `mass_LE`: with the loads of a whole batch, those of its parts add up.
 
     Args:
-      load_LE: assignments of each expert; mass_LE: sums of probabilities; tokens: number of tokens in the sums.
+      load_LE: assignments of each expert, of all tokens that its share is taken of.
+      mass_LE: sums of the probabilities from a softmax over all experts, or over those of each group.
+      tokens: number of tokens that the loss is a mean over.
     """
     layers, experts = load_LE.shape
     load = jax.lax.stop_gradient(load_LE).reshape(layers, groups, experts // groups)
     mass = mass_LE.reshape(load.shape) / jnp.maximum(tokens, 1)
     share = load / jnp.maximum(load.sum(-1, keepdims=True), 1)
-    if groups > 1:
-        mass = mass / jnp.maximum(mass.sum(-1, keepdims=True), 1e-20)
     return (experts // groups) * (share * mass).sum(-1).mean()
 
 

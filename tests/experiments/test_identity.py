@@ -14,11 +14,12 @@ from interns1pro_jax.data.packing import RowSize
 from interns1pro_jax.data.pipeline import ReadConfig
 from interns1pro_jax.data.plan import PipelineConfig
 from interns1pro_jax.optim.optimizer import OptimizerConfig
+from interns1pro_jax.train.objective import Objective
 
 CORPUS = Corpus("tokenizer.json", [Source("text", 1.0)], PipelineConfig(RowSize(128, patches=32)))
 MODEL = ModelConfig(TextConfig(vocab_size=64), None, None)
 SMALLER = dataclasses.replace(CORPUS, pipeline=dataclasses.replace(CORPUS.pipeline, row=RowSize(64, patches=32)))
-RUN = dict(model=MODEL, corpus=CORPUS, tokenizer="0", optimizer=OptimizerConfig(), seed=0)
+RUN = dict(model=MODEL, corpus=CORPUS, tokenizer="0", optimizer=OptimizerConfig(), objective=Objective(), seed=0)
 
 
 @pytest.mark.parametrize(
@@ -26,6 +27,7 @@ RUN = dict(model=MODEL, corpus=CORPUS, tokenizer="0", optimizer=OptimizerConfig(
     [
         ("pipeline.row.tokens: saved 128, now 64", {"corpus": SMALLER}),
         ("pipeline.window", {"corpus": dataclasses.replace(CORPUS, pipeline=dataclasses.replace(CORPUS.pipeline, window=4))}),
+        ("objective.averaging", {"objective": Objective("square")}),
         ("optimizer.b2", {"optimizer": OptimizerConfig(b2=0.9)}),
         ("tokenizer", {"tokenizer": "1"}),
         ("seed", {"seed": 1}),

@@ -103,9 +103,11 @@ def test_probe_reports_the_squared_gradient_outside_the_selection(mesh):
 def test_statistics_ignore_padding(x):
     valid = jnp.array([[True] * 5, [True, True, False, False, False]])
     stats, first, second = (route(text_config(), *args)[1].over_rows(0) for args in ((x, valid), (x[:1],), (x[1:, :2],)))
-    for name in ("load_E", "mass_E", "z", "entropy", "tokens"):
+    for name in ("load_E", "mass_E", "mass_in_group_E", "z", "z_in_group", "entropy", "tokens"):
         np.testing.assert_allclose(getattr(stats, name), getattr(first, name) + getattr(second, name), rtol=1e-5)
     assert stats.tokens == 7 and stats.load_E.sum() == 7 * 8
+    np.testing.assert_allclose(stats.mass_in_group_E.reshape(8, 4).sum(-1), 7, rtol=1e-6)  # probabilities within each group
+    assert 0 < stats.z_in_group < stats.z
     np.testing.assert_array_equal(stats.load_E.reshape(8, 4).sum(-1), 7)  # every group gets every token once
 
 
@@ -118,6 +120,14 @@ def test_losses_by_hand(mesh):
     per_group = jnp.zeros((1, 8)).at[0, jnp.array([0, 4])].set(5.0)
     assert balance_loss(per_group, per_group, jnp.float32(5.0), groups=2) == pytest.approx(4)
     assert z_loss(jnp.array([6.0, 2.0]), jnp.float32(2.0)) == pytest.approx(2)
+
+
+def test_losses_of_parts_add_up_to_those_of_the_whole():
+    """With the loads of the whole, which is how accumulation and packing leave the balancing losses unchanged."""
+    load, mass = (jax.random.uniform(jax.random.key(i), (2, 3, 8)) for i in range(2))
+    for groups in (1, 4):
+        parts = [balance_loss(load.sum(0), mass[part], jnp.float32(9.0), groups) for part in range(2)]
+        assert sum(parts) == pytest.approx(balance_loss(load.sum(0), mass.sum(0), jnp.float32(9.0), groups))
 
 
 def test_global_topk_loss_ignores_padding(mesh):

@@ -18,7 +18,7 @@ from interns1pro_jax.models.inputs import Batch, ModelInputs
 from interns1pro_jax.models.interns1pro import create_model
 from interns1pro_jax.sharding import make_mesh
 from interns1pro_jax.train.feed import place_batch
-from interns1pro_jax.train.step import loss_function
+from interns1pro_jax.train.objective import loss_function
 from tests.tiny import multimodal, multimodal_batch, text_only
 
 

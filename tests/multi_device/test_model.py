@@ -13,8 +13,9 @@ from interns1pro_jax.optim.optimizer import OptimizerConfig, make_optimizer
 from interns1pro_jax.optim.schedule import constant
 from interns1pro_jax.sharding import make_mesh
 from interns1pro_jax.train.feed import place_batch
+from interns1pro_jax.train.objective import loss_function
 from interns1pro_jax.train.state import init_state
-from interns1pro_jax.train.step import loss_function, make_train_step
+from interns1pro_jax.train.step import make_train_step
 from tests.tiny import multimodal, multimodal_batch
 
 CONFIG = multimodal()

@@ -1,12 +1,22 @@
 """The chunked loss equals the loss from all logits, values and gradients."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from interns1pro_jax.ops import losses
-from interns1pro_jax.ops.losses import IGNORED, cross_entropy, cross_entropy_reference, token_log_probs, token_log_probs_reference
+from interns1pro_jax.ops.losses import (
+    IGNORED,
+    cross_entropy,
+    cross_entropy_reference,
+    label_weights,
+    ordered_sum,
+    token_log_probs,
+    token_log_probs_reference,
+)
 from interns1pro_jax.sharding import constrain, make_mesh
 
 B, T, D, V = 8, 6, 16, 50
@@ -48,6 +58,26 @@ def test_many_chunks(mesh, monkeypatch):
     monkeypatch.setattr(losses, "_MAX_LOGITS", 7 * V)
     for x, y in zip(value_and_gradients(cross_entropy, *arrays()), value_and_gradients(cross_entropy_reference, *arrays()), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+
+
+def test_weights(mesh):
+    weights = jax.random.uniform(jax.random.key(7), (B, T))
+    weighted = [functools.partial(function, weights_BT=weights) for function in (cross_entropy, cross_entropy_reference)]
+    for x, y in zip(*(value_and_gradients(function, *arrays()) for function in weighted), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("averaging", "power"), [("token", 0), ("square", 0.5), ("sample", 1)])
+def test_label_weights_on_any_mesh(averaging, power):
+    """Documents of 1, 3 and 2 labels, positions without a label and padding."""
+    segments = np.tile([1, 1, 2, 2, 2, 2, 5, 5, 0, 0], (8, 1))
+    labels = np.where(np.tile([0, 1, 1, 0, 1, 1, 1, 1, 0, 0], (8, 1)), 7, IGNORED)
+    wanted = np.array([0, 1, 3**-power, 0, 3**-power, 3**-power, 2**-power, 2**-power, 0, 0])
+    for sizes in ({}, dict(fsdp=2, context=2, expert=2)):
+        with jax.set_mesh(make_mesh(**sizes)):
+            weights = jax.jit(label_weights, static_argnums=2)(labels, segments, averaging)
+            np.testing.assert_allclose(weights, np.tile(wanted, (8, 1)), rtol=1e-6)
+            np.testing.assert_allclose(jax.jit(ordered_sum)(weights), 8 * wanted.sum(), rtol=1e-6)
 
 
 def test_bfloat16(mesh):

@@ -17,9 +17,10 @@ from interns1pro_jax.optim.optimizer import Optimizer, OptimizerConfig, make_opt
 from interns1pro_jax.optim.schedule import constant
 from interns1pro_jax.sharding import make_mesh
 from interns1pro_jax.train.feed import place_batch
+from interns1pro_jax.train.objective import MEAN_OVER_TOKENS, Counts, Objective, auxiliary_loss, loss_function
 from interns1pro_jax.train.state import init_state
-from interns1pro_jax.train.step import StepConfig, auxiliary_loss, make_train_step
-from tests.tiny import multimodal, multimodal_batch, text_only
+from interns1pro_jax.train.step import StepConfig, make_train_step
+from tests.tiny import multimodal, multimodal_batch, text_config, text_only
 
 BY_ROW = RouterConfig(balance_coef=0.1, balance_over="row", z_coef=0.01)
 # Its update is the gradient, so much enlarged that subtracting it from the parameter rounds little of it away.
@@ -34,12 +35,13 @@ def packed_batch() -> Batch:
     return Batch(ModelInputs(tokens, batch.inputs.positions, batch.inputs.segment_ids), batch.labels)
 
 
-def gradients(config, batch, **options):
+def gradients(config, batch, mesh=None, objective=MEAN_OVER_TOKENS, **options):
     """Metrics and all gradients of one step, as host arrays."""
-    with jax.set_mesh(make_mesh(fsdp=2, context=1 if batch.inputs.vision else 2)):
+    mesh = mesh or dict(fsdp=2, context=1 if batch.inputs.vision else 2)
+    with jax.set_mesh(make_mesh(**mesh)):
         graph, state = init_state(create_model(config), DESCENT)
         before = jax.tree.map(np.asarray, state.params)
-        after, metrics = make_train_step(graph, config.text, DESCENT, StepConfig(**options))(state, place_batch(batch))
+        after, metrics = make_train_step(graph, config.text, DESCENT, StepConfig(**options), objective)(state, place_batch(batch))
         return jax.tree.map(np.asarray, metrics), jax.tree.map(lambda a, b: (a - np.asarray(b)) / RATE, before, after.params)
 
 
@@ -58,21 +60,51 @@ def test_accumulated_equals_the_whole_batch():
     assert_equal(gradients(config, batch, microbatches=4), gradients(config, batch))
 
 
+def unpacked(batch: Batch) -> Batch:
+    """Every document in a row of its own, its length as it was."""
+    rows, ids = np.nonzero((batch.inputs.segment_ids[:, None, :] == np.array([1, 2])[:, None]).any(-1))
+    chosen = batch.inputs.segment_ids[rows] == ids[:, None] + 1
+    start = chosen.argmax(1)[:, None]
+    at = np.minimum(start + np.arange(chosen.shape[1]), chosen.shape[1] - 1)
+    inside = np.arange(chosen.shape[1]) < chosen.sum(1)[:, None]
+    tokens, positions, labels = (
+        np.where(inside, np.take_along_axis(x[rows], at, 1), empty)
+        for x, empty in ((batch.inputs.tokens, 0), (batch.inputs.positions, 0), (batch.labels, -100))
+    )
+    return Batch(ModelInputs(tokens, positions, inside.astype(np.int32)), labels)
+
+
+def test_mesh_packing_and_accumulation_change_nothing_together():
+    """One device with two documents to a row, against eight devices, documents alone and four parts; all losses on, documents of different
+    numbers of labels, some without any."""
+    router = RouterConfig(balance_coef=0.1, balance_in_group_coef=0.2, z_coef=0.01, z_in_group_coef=0.02)
+    config, batch, objective = text_only(router=router), packed_batch(), Objective("square")
+    labels = np.where((np.arange(8)[:, None] == 3) & (batch.inputs.segment_ids == 2), -100, batch.labels)
+    batch = dataclasses.replace(batch, labels=labels)
+    alone = gradients(config, unpacked(batch), dict(fsdp=2, expert=2), objective, microbatches=4)
+    together = gradients(config, batch, dict(fsdp=1), objective)
+    assert_equal(alone, together)
+    with jax.set_mesh(make_mesh()):
+        _, by_token = jax.jit(loss_function)(create_model(config), place_batch(batch))
+    assert not np.isclose(together[0]["loss"], by_token.loss, rtol=1e-3)
+
+
 def random_stats(rows: int) -> RouterStats:
-    values = [np.random.default_rng(i).uniform(1, 2, (3, rows, *shape)) for i, shape in enumerate([(8,), (8,), (), (), ()])]
+    values = [np.random.default_rng(i).uniform(1, 2, (3, rows, *shape)) for i, shape in enumerate([(8,), (8,), (8,), (), (), (), ()])]
     return RouterStats(*values, tokens=np.tile(np.arange(1.0, rows + 1), (3, 1)))
 
 
 def test_router_losses_of_parts_add_up():
     stats = random_stats(4)
     parts = [jax.tree.map(lambda x, part=part: x[:, part], stats) for part in (slice(0, 1), slice(1, 4))]
-    tokens = stats.tokens[0].sum()
-    np.testing.assert_allclose(sum(auxiliary_loss(BY_ROW, p, tokens) for p in parts), auxiliary_loss(BY_ROW, stats, tokens), rtol=1e-6)
-    # Over the batch it is the mean over the parts, by their tokens.
-    over_batch = dataclasses.replace(BY_ROW, balance_over="batch", z_coef=0.0)
-    one, rest = (auxiliary_loss(over_batch, p, p.tokens[0].sum()) for p in parts)
-    together = sum(auxiliary_loss(over_batch, p, tokens) for p in parts)
-    np.testing.assert_allclose(together, (one * 1 + rest * 9) / 10, rtol=1e-6)
+    config = dataclasses.replace(text_config(router=BY_ROW), num_experts=8, router_n_groups=8)
+    counts = Counts(weight=jnp.float32(0), tokens=stats.tokens[0].sum())
+    whole = auxiliary_loss(config, stats, counts)
+    np.testing.assert_allclose(sum(auxiliary_loss(config, p, counts) for p in parts), whole, rtol=1e-6)
+    # Over microbatches it is the mean over the parts, by their tokens.
+    config = dataclasses.replace(config, router=dataclasses.replace(BY_ROW, balance_over="microbatch", z_coef=0.0))
+    one, rest = (auxiliary_loss(config, p, dataclasses.replace(counts, tokens=p.tokens[0].sum())) for p in parts)
+    np.testing.assert_allclose(sum(auxiliary_loss(config, p, counts) for p in parts), (one * 1 + rest * 9) / 10, rtol=1e-6)
 
 
 def test_contradictions_are_refused_with_their_numbers():
