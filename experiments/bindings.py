@@ -16,7 +16,7 @@ from interns1pro_jax import config, sharding
 from interns1pro_jax.data import corpus, image_processing, mixture, packing, pipeline, plan
 from interns1pro_jax.expansion.assignment import ExpansionConfig
 from interns1pro_jax.infer import sampling
-from interns1pro_jax.optim import optimizer, schedule
+from interns1pro_jax.optim import muon, optimizer, schedule
 from interns1pro_jax.train.faults import FaultPolicy
 from interns1pro_jax.train.loop import LoopConfig
 from interns1pro_jax.train.objective import Objective
@@ -38,6 +38,7 @@ _DATACLASSES = (
     pipeline.ReadConfig,
     plan.PipelineConfig,
     sampling.Sampling,
+    muon.MuonConfig,
     optimizer.OptimizerConfig,
     FaultPolicy,
     ExpansionConfig,

@@ -33,7 +33,7 @@ from interns1pro_jax.infer.generate import generate
 from interns1pro_jax.infer.sampling import GREEDY, Sampling
 from interns1pro_jax.models.inputs import Batch
 from interns1pro_jax.models.interns1pro import InternS1Pro, create_model
-from interns1pro_jax.optim.optimizer import OptimizerConfig, make_optimizer
+from interns1pro_jax.optim.optimizer import Optimizer, OptimizerConfig, make_optimizer
 from interns1pro_jax.sharding import MeshConfig
 from interns1pro_jax.tokenizer import base
 from interns1pro_jax.tokenizer.base import Tokenizer
@@ -140,7 +140,7 @@ def train(
         identity = run_identity(model, corpus, tokenizer.fingerprint, optimizer, objective, seed)
         with CheckpointManager(workdir / "checkpoints", identity, keep_last=keep_checkpoints) as checkpoints:
             if weights is not None and checkpoints.latest_step is None:
-                state = _start_from(state, Path(weights), model)
+                state = _start_from(state, Path(weights), model, optim)
             state = train_loop(
                 state,
                 make_train_step(graphdef, model.text, optim, step, loop.faults, objective, compiler_options=options),
@@ -191,7 +191,7 @@ def train(
             console.print(f"report: {report}")
 
 
-def _start_from(state: TrainState, directory: Path, model: ModelConfig) -> TrainState:
+def _start_from(state: TrainState, directory: Path, model: ModelConfig, optimizer: Optimizer) -> TrainState:
     """The state with the weights of a directory in place of the random ones, which go first: there may be no room for both."""
     released = (directory / "config.json").exists()
     if released:
@@ -203,7 +203,7 @@ def _start_from(state: TrainState, directory: Path, model: ModelConfig) -> Train
     else:
         network, _ = read_weights(directory, dtype=model.text.dtype, param_dtype=model.text.param_dtype)
     _check_same(model, network.config, directory)
-    params, buffers = nnx.state(network, nnx.Param, ...)
+    params, buffers = optimizer.split(network)
     return dataclasses.replace(state, params=params, buffers=buffers)
 
 

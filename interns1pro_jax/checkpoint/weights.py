@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 import jax
@@ -50,7 +51,9 @@ def read_weights(
             params, buffers = nnx.state(model, nnx.Param, ...)
             abstract = jax.tree.map(_placed, {"params": params, "buffers": buffers})
             wanted = named_leaves(abstract)
-            args = ocp.args.PyTreeRestore(wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True)
+            places = {name: _place_of(name, manifest["arrays"]) for name in wanted}
+            stored = {places[name]: x for name, x in wanted.items()}
+            args = ocp.args.PyTreeRestore(stored, restore_args=ocp.checkpoint_utils.construct_restore_args(stored), partial_restore=True)
             found = manager.restore(step, args=ocp.args.Composite(**{STATE: args}))[STATE]
         except CheckpointError:
             raise
@@ -59,7 +62,7 @@ def read_weights(
                 f"{directory / f'{step:08d}'} cannot be read ({failure_reason(error)}); give another step (here: {sorted(steps)}), or "
                 "fetch it again."
             ) from error
-    state = jax.tree.unflatten(jax.tree.structure(abstract), [found[name] for name in wanted])
+    state = jax.tree.unflatten(jax.tree.structure(abstract), [found[places[name]] for name in wanted])
     return nnx.merge(nnx.graphdef(model), state["params"], state["buffers"]), step
 
 
@@ -81,3 +84,9 @@ def write_weights(directory: str | Path, model: InternS1Pro, step: int = 0, orig
 def _placed(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     spec = x.sharding.spec  # type: ignore[union-attr]
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(jax.sharding.get_mesh(), spec))  # type: ignore[arg-type]
+
+
+def _place_of(name: str, saved: Collection[str]) -> str:
+    """Where a run has saved an array of the model: a parameter that it did not train lies beside the buffers."""
+    frozen = "buffers/" + name.removeprefix("params/")
+    return frozen if name not in saved and frozen in saved else name

@@ -1,4 +1,4 @@
-"""AdamW with global-norm clipping, and an update that is applied only where loss and gradients are finite and within limits.
+"""AdamW and Muon with global-norm clipping, and an update that is applied only where loss and gradients are finite and within limits.
 
 The learning rate is a function of the training step, not of the number of applied updates: a skipped step does not shift the
 schedule, so that the decay ends with the run.
@@ -7,6 +7,7 @@ schedule, so that the decay ends with the run.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +17,8 @@ from flax import nnx
 from jaxtyping import Float
 
 from interns1pro_jax.config import ConfigError
+from interns1pro_jax.optim.groups import check_groups, learning_rate_factors, path_name, trained_parameters
+from interns1pro_jax.optim.muon import MuonConfig, letters_of, scale_by_muon
 
 _MOMENT_DTYPES = ("float32", "bfloat16")
 # Words in the names of parameters that are not matrices, and of lookup tables.
@@ -25,13 +28,18 @@ _TABLES = {"embed", "position"}
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (arXiv:1711.05101).
+    """AdamW (arXiv:1711.05101), for all parameters or beside Muon; which parameters are trained, and how fast.
+
+    Groups of parameters are words of `optim.groups.PARTS` or expressions for the beginning of a parameter's path.
 
     Attributes:
+      muon: Muon for the matrices; None trains them by AdamW, too.
+      freeze: groups that are not trained. They have neither gradients nor moments.
+      learning_rates: factors of the learning rate for groups; 1 elsewhere.
       weight_decay: decoupled decay of the matrices; vectors (norm scales, biases) are never decayed.
       decay_embeddings: decay lookup tables (token embeddings, learned positions) as well.
       clip_norm: largest global norm of the gradient; None does not clip.
-      moment_dtype: storage of both moments; they are computed in float32.
+      moment_dtype: storage of all moments; they are computed in float32.
       stochastic_rounding: round new parameters of bfloat16 up or down at random, with their exact value as the mean, so that updates
         smaller than the last bit are not lost. The random bits are those of the step and the parameter, on any mesh.
     """
@@ -44,6 +52,9 @@ class OptimizerConfig:
     clip_norm: float | None = 1.0
     moment_dtype: str = "float32"
     stochastic_rounding: bool = False
+    muon: MuonConfig | None = None
+    freeze: Sequence[str] = ()
+    learning_rates: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("b1", "b2"):
@@ -59,6 +70,11 @@ class OptimizerConfig:
             raise ConfigError(
                 f"OptimizerConfig.moment_dtype={self.moment_dtype!r} is not supported; use one of {', '.join(_MOMENT_DTYPES)}."
             )
+        if isinstance(self.freeze, str):
+            raise ConfigError(f"OptimizerConfig.freeze={self.freeze!r} must be a list of groups.")
+        for group, factor in self.learning_rates.items():
+            if factor <= 0:
+                raise ConfigError(f"OptimizerConfig.learning_rates[{group!r}]={factor} must be positive; `freeze` does not train a group.")
 
 
 @jax.tree_util.register_dataclass
@@ -82,11 +98,33 @@ class Update:
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """A gradient transformation without its learning rate, and the learning rate as a function of the step."""
+    """A gradient transformation without its learning rate, and the learning rate as a function of the step.
+
+    Attributes:
+      freeze, learning_rates: as in `OptimizerConfig`.
+      kind: of the variables that are trained, but for those frozen.
+    """
 
     transform: optax.GradientTransformation
     schedule: optax.Schedule
     stochastic_rounding: bool = False
+    freeze: Sequence[str] = ()
+    learning_rates: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    kind: type[nnx.Variable] = nnx.Param
+
+    def split(self, model: nnx.Module) -> tuple[nnx.State, nnx.State]:
+        """What of a model is trained, and all its other variables.
+
+        Raises:
+          ConfigError: a group has no parameter, or nothing is left to train.
+        """
+        paths = [path_name(path) for path, _ in nnx.to_flat_state(nnx.state(model, self.kind))]
+        check_groups("OptimizerConfig.freeze", self.freeze, paths)
+        check_groups("OptimizerConfig.learning_rates", self.learning_rates, paths)
+        params, rest = nnx.state(model, trained_parameters(self.kind, self.freeze), ...)
+        if not jax.tree.leaves(params):
+            raise ConfigError(f"OptimizerConfig.freeze={list(self.freeze)} leaves no parameter to train.")
+        return params, rest
 
     def init(self, params: Any) -> optax.OptState:
         """State of the optimizer; moments have the sharding of their parameters."""
@@ -112,7 +150,8 @@ class Optimizer:
         grad_norm = optax.tree.norm(grads)
         learning_rate = jnp.asarray(self.schedule(step), jnp.float32)
         directions, new_opt_state = self.transform.update(grads, opt_state, params)
-        exact = jax.tree.map(lambda p, d: p.astype(jnp.float32) - learning_rate * d, params, directions)
+        factors = learning_rate_factors(params, self.learning_rates)
+        exact = jax.tree.map(lambda p, d, factor: p.astype(jnp.float32) - learning_rate * factor * d, params, directions, factors)
         if self.stochastic_rounding:
             step_key = jax.random.fold_in(jax.random.key(0), step)
             of_leaves = list(jax.random.split(step_key, len(jax.tree.leaves(params))))
@@ -141,11 +180,11 @@ def decay_mask(params: nnx.State, embeddings: bool = False) -> nnx.State:
     `q_bias_QH`, `norm1_scale_D`, `embed_VD`); the number of axes would not, because stacked layers add one.
     """
 
-    def decayed(path: tuple[Any, ...], _: nnx.Variable) -> bool:
-        words = str(path[-1].key).split("_")
+    def decayed(path: str) -> bool:
+        words = path.rpartition("/")[2].split("_")
         return _VECTORS.isdisjoint(words) and (embeddings or _TABLES.isdisjoint(words))
 
-    return jax.tree_util.tree_map_with_path(decayed, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return _by_variable(decayed, params)
 
 
 def _stored_as(inner: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:
@@ -164,14 +203,33 @@ def _stored_as(inner: optax.GradientTransformation, dtype: str) -> optax.Gradien
     return optax.GradientTransformation(init, update)
 
 
-def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> Optimizer:
-    """AdamW with clipping: clip, moments with bias correction, decoupled weight decay, learning rate of the step."""
+def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule, kind: type[nnx.Variable] = nnx.Param) -> Optimizer:
+    """Clip, moments with bias correction or orthogonalised momentum, decoupled weight decay, learning rate of the step."""
+    adam = _stored_as(optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps), config.moment_dtype)
+    direction = adam
+    if config.muon is not None:
+        muon = _stored_as(scale_by_muon(config.muon), config.moment_dtype)
+        direction = optax.partition({"adam": adam, "muon": muon}, _algorithms)
     return Optimizer(
         optax.chain(
             optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm),
-            _stored_as(optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps), config.moment_dtype),
+            direction,
             optax.add_decayed_weights(config.weight_decay, mask=lambda params: decay_mask(params, config.decay_embeddings)),
         ),
         schedule,
         config.stochastic_rounding,
+        config.freeze,
+        config.learning_rates,
+        kind,
+    )
+
+
+def _algorithms(params: nnx.State) -> nnx.State:
+    return _by_variable(lambda path: "muon" if letters_of(path) else "adam", params)
+
+
+def _by_variable(function: Callable[[str], Any], params: nnx.State) -> nnx.State:
+    """`function` of each variable's path, in its place."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: function(path_name(path)), params, is_leaf=lambda x: isinstance(x, nnx.Variable)
     )

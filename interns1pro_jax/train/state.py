@@ -25,8 +25,8 @@ class TrainState:
 
     Attributes:
       step: batches consumed. The next batch is number `step`.
-      params: trained parameters (`nnx.Param`).
-      buffers: the model's other arrays.
+      params: trained parameters.
+      buffers: the model's other arrays, frozen parameters among them.
       opt_state: moments and counters of the optimizer; moments have the sharding of their parameters.
       tokens_seen: tokens with a loss so far, as low and high 32 bits (int64 needs a global JAX switch, and float32 stops
         counting at 2**24); see `add_tokens` and `count_tokens`.
@@ -44,8 +44,12 @@ class TrainState:
 
 
 def init_state(model: nnx.Module, optimizer: Optimizer, faults: FaultPolicy = STOP_IF_NOT_FINITE) -> tuple[nnx.GraphDef, TrainState]:
-    """State at step 0, and the static structure that `nnx.merge(graphdef, state.params, state.buffers)` needs."""
-    params, buffers = nnx.state(model, nnx.Param, ...)
+    """State at step 0, and the static structure that `nnx.merge(graphdef, state.params, state.buffers)` needs.
+
+    Raises:
+      ConfigError: see `Optimizer.split`.
+    """
+    params, buffers = optimizer.split(model)
     return nnx.graphdef(model), TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,

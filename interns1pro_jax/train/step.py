@@ -73,18 +73,17 @@ def make_train_step(
     of experts that were not run, and `router/unselected_grad_norm` over all layers.
 
     Raises:
-      ConfigError: parameters in bfloat16, whose updates would mostly be rounded away unless the optimizer rounds them stochastically.
-        While tracing: rows or tokens that do not divide as `step_config` asks.
+      ConfigError: while tracing, rows or tokens that do not divide as `step_config` asks; parameters in bfloat16, whose updates would mostly
+        be rounded away unless the optimizer rounds them stochastically.
     """
-    if config.param_dtype != "float32" and not optimizer.stochastic_rounding:
-        raise ConfigError(
-            f"TextConfig.param_dtype={config.param_dtype!r} cannot be trained with updates rounded to the nearest: most are smaller than "
-            "its last bit. Set param_dtype='float32' (and dtype='bfloat16' to compute in bfloat16), or "
-            "OptimizerConfig.stochastic_rounding=True."
-        )
     remat, moe_chunks, microbatches = step_config.remat, step_config.moe_chunks, step_config.microbatches
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        if not optimizer.stochastic_rounding and any(p.dtype != jnp.float32 for p in jax.tree.leaves(state.params)):
+            raise ConfigError(
+                "parameters in bfloat16 cannot be trained with updates rounded to the nearest: most are smaller than their last bit. Set "
+                "param_dtype='float32' (and dtype='bfloat16' to compute in bfloat16), or OptimizerConfig.stochastic_rounding=True."
+            )
         counts, probe_L = Counts.of(batch, objective), jnp.zeros((config.num_moe_layers,), jnp.float32)
 
         def value(params: Any, probe_L: jax.Array, part: Batch, counts: Counts) -> tuple[jax.Array, Sums]:
@@ -97,8 +96,8 @@ def make_train_step(
         else:
             parts = split_batch(batch, microbatches)
             if config.num_moe_layers and counts_beforehand(config.router):
-                loads = jax.lax.map(lambda part: value(state.params, probe_L, part, counts)[1].stats.load_E, parts)
-                counts = dataclasses.replace(counts, load_LE=loads.sum(0))
+                stats = jax.lax.map(lambda part: value(state.params, probe_L, part, counts)[1].stats, parts)
+                counts = dataclasses.replace(counts, load_LE=stats.load_E.sum(0))
 
             def add_part(total: Any, part: Batch) -> tuple[Any, Sums]:
                 (loss, sums), gradients = gradient(state.params, probe_L, part, counts)
