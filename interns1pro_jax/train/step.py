@@ -73,8 +73,8 @@ def make_train_step(
     of experts that were not run, and `router/unselected_grad_norm` over all layers.
 
     Raises:
-      ConfigError: while tracing, rows or tokens that do not divide as `step_config` asks; parameters in bfloat16, whose updates would mostly
-        be rounded away unless the optimizer rounds them stochastically.
+      ConfigError: while tracing, rows or tokens that do not divide as `step_config` asks; parameters in bfloat16, whose updates would
+        mostly be rounded away unless the optimizer rounds them stochastically.
     """
     remat, moe_chunks, microbatches = step_config.remat, step_config.moe_chunks, step_config.microbatches
 

@@ -41,7 +41,7 @@ def gradients(config, batch, mesh=None, objective=MEAN_OVER_TOKENS, **options):
     with jax.set_mesh(make_mesh(**mesh)):
         graph, state = init_state(create_model(config), DESCENT)
         before = jax.tree.map(np.asarray, state.params)
-        after, metrics = make_train_step(graph, config.text, DESCENT, StepConfig(**options), objective)(state, place_batch(batch))
+        after, metrics = make_train_step(graph, config.text, DESCENT, StepConfig(**options), objective=objective)(state, place_batch(batch))
         return jax.tree.map(np.asarray, metrics), jax.tree.map(lambda a, b: (a - np.asarray(b)) / RATE, before, after.params)
 
 
