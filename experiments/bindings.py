@@ -46,7 +46,7 @@ _DATACLASSES = (
     LoopConfig,
     StepConfig,
 )
-_FUNCTIONS = (schedule.warmup_stable_decay, schedule.constant, expand, train)
+_FUNCTIONS = (schedule.warmup_stable_decay, schedule.constant, schedule.cosine, expand, train)
 
 
 def register() -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -37,14 +37,24 @@ from interns1pro_jax.optim.optimizer import Optimizer, OptimizerConfig, make_opt
 from interns1pro_jax.sharding import MeshConfig
 from interns1pro_jax.tokenizer import base
 from interns1pro_jax.tokenizer.base import Tokenizer
+from interns1pro_jax.train.evaluation import HeldOutLoss
 from interns1pro_jax.train.feed import local_rows, place_batch
 from interns1pro_jax.train.loop import LoopConfig, default_writers
 from interns1pro_jax.train.loop import train as train_loop
 from interns1pro_jax.train.metrics import Writer, replace
 from interns1pro_jax.train.objective import MEAN_OVER_TOKENS, Objective
-from interns1pro_jax.train.report import OPERATIVE_CONFIG, CaptionLoss, HeldOut, ReportData, Sample, write_report
+from interns1pro_jax.train.report import (
+    OPERATIVE_CONFIG,
+    CaptionLoss,
+    HeldOut,
+    ReportData,
+    Sample,
+    read_samples,
+    save_samples,
+    write_report,
+)
 from interns1pro_jax.train.state import TrainState, init_state
-from interns1pro_jax.train.step import StepConfig, make_eval_step, make_train_step
+from interns1pro_jax.train.step import StepConfig, make_train_step
 
 
 def train(
@@ -105,7 +115,9 @@ def train(
     with jax.set_mesh(devices):
         rows = local_rows(corpus.pipeline.batch_size)
         training = corpus.batches(model, tokenizer, sources, sharding.shards("batch"), rows)
-    held_out = PackedExamples(corpus.held_out_examples(), model, corpus.pipeline)
+    documents = corpus.held_out_examples()
+    examples = [example for examples in documents.values() for example in examples]
+    held_out = PackedExamples(examples, model, corpus.pipeline)
     label_counts = np.zeros(model.text.vocab_size, np.int64)
     for source in sources:
         label_counts[: len(source.label_counts)] += source.label_counts
@@ -123,11 +135,7 @@ def train(
         parameters = sum(x.size for x in jax.tree.leaves(state.params))
         console.print(f"{parameters:,} parameters on the mesh {dict(devices.shape)}; unigram loss of the held-out text {unigram:.3f}")
         options = compiler_options if jax.default_backend() == "tpu" else None
-        evaluate_batch = make_eval_step(graphdef)
-
-        def mean_loss(state: TrainState, batches: Iterable[Batch]) -> float:
-            sums = [evaluate_batch(state, place_batch(batch)) for batch in batches]
-            return float(sum(float(s) for s, _ in sums) / max(sum(int(n) for _, n in sums), 1))
+        evaluation = HeldOutLoss(graphdef, documents, model, corpus.pipeline, corpus.evaluation_batches)
 
         def writers(workdir: Path) -> Sequence[Writer]:
             # Asked for once the checkpoint, if there is one, has been found to be of this run: a killed run has its configuration,
@@ -136,7 +144,13 @@ def train(
             return default_writers(workdir)
 
         beginnings = _beginnings(held_out, tokenizer, model, corpus)
-        some_held_out = list(itertools.islice(held_out.in_order(), corpus.evaluation_batches))
+
+        def evaluate(state: TrainState) -> dict[str, float]:
+            if beginnings is not None:
+                written = _samples(nnx.merge(graphdef, state.params, state.buffers), beginnings, tokenizer, sampling, sample_tokens)
+                save_samples(workdir, int(state.step), written)
+            return evaluation(state)
+
         identity = run_identity(model, corpus, tokenizer.fingerprint, optimizer, objective, seed)
         with CheckpointManager(workdir / "checkpoints", identity, keep_last=keep_checkpoints) as checkpoints:
             if weights is not None and checkpoints.latest_step is None:
@@ -150,25 +164,24 @@ def train(
                 checkpoints=checkpoints,
                 data=training,
                 place=functools.partial(place_batch, rows=rows, batch_size=corpus.pipeline.batch_size),
-                evaluate=lambda state: {"loss": mean_loss(state, some_held_out)},
+                evaluate=evaluate,
                 writers=writers,
                 console=console,
             )
 
         console.print("evaluating all held-out documents, and captions with their media, without them, and with others'")
-        on_held_out = HeldOut(mean_loss(state, held_out.in_order()), unigram, int(held_out.label_counts.sum()))
+        losses = evaluation.losses(state, evaluation.data.in_order())
+        on_held_out = HeldOut(losses["all"].loss, unigram, losses["all"].tokens)
         captions = {
-            medium: CaptionLoss(*(mean_loss(state, data.in_order()) for data in (parts.intact, parts.removed, parts.swapped)))
+            medium: CaptionLoss(
+                *(evaluation.losses(state, data.in_order())["all"].loss for data in (parts.intact, parts.removed, parts.swapped))
+            )
             for medium, parts in ablations.items()
         }
         network = nnx.merge(graphdef, state.params, state.buffers)
-        samples = []
-        if beginnings is not None:
-            console.print("writing samples")
-            samples = _samples(network, beginnings, tokenizer, sampling, sample_tokens)
         load = rows_per_device = None
         if model.text.num_moe_layers:
-            load, rows_per_device = _routing_of(network, some_held_out[0])
+            load, rows_per_device = _routing_of(network, evaluation.some[0][0])
         if jax.process_index() == 0:
             report = write_report(
                 workdir,
@@ -181,7 +194,8 @@ def train(
                     },
                     held_out=on_held_out,
                     captions=captions,
-                    samples=samples,
+                    groups=losses,
+                    samples=read_samples(workdir, loop.steps),
                     expert_load=load,
                     router_groups=model.text.router_n_groups,
                     rows_per_device=rows_per_device,

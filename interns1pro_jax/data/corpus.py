@@ -73,14 +73,14 @@ class Corpus:
         ordered = sorted(self.sources, key=lambda source: source.path)
         return [PreparedSource(paths.join(self.directory, source.path)) for source in ordered]
 
-    def held_out_examples(self) -> list[Example]:
-        """All held-out documents.
+    def held_out_examples(self) -> dict[str, list[Example]]:
+        """All held-out documents, by source.
 
         Raises:
           DataError: a source is absent or damaged.
           ConfigError: one holds packed rows.
         """
-        return [example for path in self.held_out for example in read_examples(paths.join(self.directory, path))]
+        return {path: list(read_examples(paths.join(self.directory, path))) for path in self.held_out}
 
     def batches(
         self,

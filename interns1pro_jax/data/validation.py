@@ -29,9 +29,10 @@ class PackedExamples:
 
     Args:
       labels: which tokens of a document are labels.
+      groups: a number for each document, for losses of some of them; 0 for all where there are none.
 
     Attributes:
-      examples: those that fit into a row.
+      examples, groups: those that fit into a row.
       left_out: why the others do not, by name.
       label_counts: how often each token is a label [V], for `unigram`.
 
@@ -46,12 +47,14 @@ class PackedExamples:
         model: ModelConfig,
         config: PipelineConfig,
         labels: Callable[[Example], Int[np.ndarray, " tokens"]] = Example.labels,
+        groups: Sequence[int] | None = None,
     ):
         self._model, self._config, self._labels = model, config, labels
         sizes = np.array([example.size.as_array() for example in examples], np.int64).reshape(-1, len(COLUMNS))
         bad = set(misfits(sizes, config.row).tolist())
         self.left_out = {examples[index].name: str(examples[index].size.misfit(config.row)) for index in sorted(bad)}
         self.examples = [example for index, example in enumerate(examples) if index not in bad]
+        self.groups = np.delete(np.zeros(len(examples), np.int32) if groups is None else np.asarray(groups, np.int32), sorted(bad))
         if not self.examples:
             raise DataError(f"none of {len(examples)} documents fits into {config.row}; make rows larger or prepare other data.")
         if (largest := max(int(example.ids.max()) for example in self.examples)) >= model.text.vocab_size:
@@ -63,14 +66,21 @@ class PackedExamples:
             counted = labels(example)
             self.label_counts += np.bincount(counted[counted != IGNORED], minlength=len(self.label_counts))
 
-    def in_order(self) -> Iterator[Batch]:
-        """Every row once; the last batch is filled up with empty rows. A batch is made when it is asked for."""
+    def in_order(self) -> Iterator[tuple[Batch, Int[np.ndarray, "B T"]]]:
+        """Every row once, with the group of each position; the last batch is filled up with empty rows. A batch is made when it is asked
+        for."""
         size, length = self._config.batch_size, self._config.row.tokens
         # In random order, so that the first few batches are a fair sample.
         numbers = np.random.default_rng(self._config.seed).permutation(len(self.plan)).tolist()
         for start in range(0, len(numbers), size):
-            rows = [self._row(number) for number in numbers[start : start + size]]
-            yield collate(rows + [AssembledRow.empty(length)] * (size - len(rows)), self._config.row, self._model)
+            chosen = numbers[start : start + size]
+            groups_BT = np.zeros((size, length), np.int32)
+            for row, number in enumerate(chosen):
+                pieces = self.plan.row(number)
+                of_row = np.repeat(self.groups[self.plan.document[pieces]], (self.plan.stop - self.plan.start)[pieces])
+                groups_BT[row, : len(of_row)] = of_row
+            rows = [self._row(number) for number in chosen]
+            yield collate(rows + [AssembledRow.empty(length)] * (size - len(rows)), self._config.row, self._model), groups_BT
 
     def _row(self, number: int) -> AssembledRow:
         row, start = AssembledRow.empty(self._config.row.tokens), 0

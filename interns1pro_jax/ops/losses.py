@@ -46,12 +46,14 @@ def label_weights(labels_BT: Int[Array, "B T"], segment_ids_BT: Int[Array, "B T"
     )
 
 
-def ordered_sum(x_BT: Float[Array, "B T"]) -> Float[Array, ""]:
-    """The sum, in float32. The sums of the devices are gathered and added in their order: an all-reduce of a scalar adds them in any
-    order, and a run that is started again would differ from one that was not."""
+def ordered_sums(x_BT: Float[Array, "B T *rest"]) -> Float[Array, "*rest"]:
+    """The sum over all tokens, in float32. The sums of the devices are gathered and added in their order: an all-reduce of a scalar adds
+    them in any order, and a run that is started again would differ from one that was not."""
     spec = jax.typeof(x_BT).sharding.spec
-    by_device = jax.shard_map(lambda x: x.sum(dtype=jnp.float32)[None], in_specs=spec, out_specs=PartitionSpec(_axes(spec)))(x_BT)
-    return jax.sharding.reshard(by_device, PartitionSpec()).sum()
+    by_device = jax.shard_map(
+        lambda x: x.sum((0, 1), dtype=jnp.float32)[None], in_specs=spec, out_specs=PartitionSpec(_axes(spec), *(None,) * (x_BT.ndim - 2))
+    )(x_BT)
+    return jax.sharding.reshard(by_device, PartitionSpec()).sum(0)
 
 
 def _axes(spec: PartitionSpec) -> tuple[str, ...]:
@@ -79,7 +81,7 @@ def cross_entropy(
         return _sum_of_losses(hidden_ND, lm_head_DV, labels_N, weights_BT.reshape(-1))[None], jnp.sum(labels_N != IGNORED)[None]
 
     by_device = _on_each_device(sums, PartitionSpec(used), hidden_BTD, lm_head_DV, labels_BT, weights_BT)
-    # Added in their order: see `ordered_sum`.
+    # Added in their order: see `ordered_sums`.
     total, count = (jax.sharding.reshard(part, PartitionSpec()).sum() for part in by_device)
     return total, count
 

@@ -91,3 +91,15 @@ def warmup_stable_decay(
         return peak * (final_fraction + (1 - final_fraction) * DECAY_SHAPES[decay_shape](done))
 
     return optax.join_schedules([constant(peak, warmup_steps), decay], [total_steps - decay_steps])
+
+
+def cosine(peak: float, total_steps: int, warmup_steps: int = 0, final_fraction: float = 0.1) -> optax.Schedule:
+    """Linear warmup to `peak`, then half a cosine down to `final_fraction * peak` at `total_steps`.
+
+    Raises:
+      ConfigError: as for `warmup_stable_decay`, of which it is the case without a stable part.
+    """
+    _check_rate(peak, warmup_steps)
+    return warmup_stable_decay(
+        peak, total_steps, warmup_steps, decay_steps=max(total_steps - warmup_steps, 0), decay_shape="cosine", final_fraction=final_fraction
+    )

@@ -16,7 +16,7 @@ from interns1pro_jax.config import ConfigError, RouterConfig, TextConfig
 from interns1pro_jax.layers.router import RouterStats
 from interns1pro_jax.models.inputs import Batch
 from interns1pro_jax.models.interns1pro import InternS1Pro
-from interns1pro_jax.ops.losses import AVERAGING, cross_entropy, label_weights, ordered_sum
+from interns1pro_jax.ops.losses import AVERAGING, cross_entropy, label_weights, ordered_sums
 from interns1pro_jax.ops.router_losses import balance_loss, z_loss
 
 Metrics = dict[str, jax.Array]
@@ -59,7 +59,7 @@ class Counts:
     @staticmethod
     def of(batch: Batch, objective: Objective = MEAN_OVER_TOKENS) -> Counts:
         weights_BT = label_weights(batch.labels, batch.inputs.segment_ids, objective.averaging)
-        return Counts(ordered_sum(weights_BT), jnp.sum(batch.inputs.segment_ids > 0, dtype=jnp.int32).astype(jnp.float32))
+        return Counts(ordered_sums(weights_BT), jnp.sum(batch.inputs.segment_ids > 0, dtype=jnp.int32).astype(jnp.float32))
 
 
 @jax.tree_util.register_dataclass

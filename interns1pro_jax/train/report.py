@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import platform
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,11 +17,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from interns1pro_jax.train.metrics import JSON_LINES, read_records
+from interns1pro_jax.train.evaluation import GroupLoss
+from interns1pro_jax.train.metrics import JSON_LINES, read_records, replace
 
 _PACKAGES = ("interns1pro_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 _SMOOTHING = 0.9  # of the training loss: weight of the past at each step
-OPERATIVE_CONFIG = "operative_config.gin"
+OPERATIVE_CONFIG, SAMPLES = "operative_config.gin", "samples"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +62,7 @@ class ReportData:
       facts: rows of the table of numbers that only the caller knows (parameters, mesh, data).
       held_out: the evaluation of the trained model; the records have evaluations of a part of the held-out data.
       captions: by kind of medium.
+      groups: losses of the trained model by source and kind of document (`train.evaluation`).
       expert_load: [MoE layers, experts], assignments as counts or shares.
       router_groups: groups of the experts, contiguous.
       rows_per_device: expert rows that each device of the expert axis computed for one batch and layer.
@@ -71,6 +74,7 @@ class ReportData:
     facts: Mapping[str, str] = dataclasses.field(default_factory=dict)
     held_out: HeldOut | None = None
     captions: Mapping[str, CaptionLoss] = dataclasses.field(default_factory=dict)
+    groups: Mapping[str, GroupLoss] = dataclasses.field(default_factory=dict)
     samples: Sequence[Sample] = ()
     expert_load: np.ndarray | None = None
     router_groups: int = 1
@@ -93,6 +97,11 @@ def write_report(workdir: Path, data: ReportData) -> Path:
         parts += ["## What the media are worth", "Loss of captions in nats per token; it should grow to the right of the first column."]
         parts.append(_table(("medium", "its own medium", "medium removed", "another's medium"), rows))
     parts += ["## Loss", _picture(workdir, "loss.png", _loss(records, data.held_out))]
+    by_group = sorted({name for record in records for name in record if name.startswith(("eval/source/", "eval/kind/"))})
+    if by_group:
+        rows = [(name, f"{group.loss:.4f}", f"{group.tokens:,}") for name, group in data.groups.items() if name != "all"]
+        parts += ["### By source and kind of document", _table(("held-out documents", "loss", "tokens"), rows) if rows else ""]
+        parts.append(_picture(workdir, "loss_by_group.png", _by_group(records, by_group)))
     parts.append(_picture(workdir, "optimizer.png", _optimizer(records)))
     if data.rows_per_device is not None:
         parts += ["## Rows per device", "Equal by construction: each device holds a whole number of router groups."]
@@ -113,6 +122,20 @@ def write_report(workdir: Path, data: ReportData) -> Path:
     path = workdir / "report.md"
     path.write_text("\n\n".join(part for part in parts if part) + "\n")
     return path
+
+
+def save_samples(workdir: Path, step: int, samples: Sequence[Sample]) -> None:
+    """Keeps what the model wrote after a step, in `samples/`; the first process writes."""
+    if jax.process_index() == 0:
+        (workdir / SAMPLES).mkdir(exist_ok=True)
+        content = json.dumps([dataclasses.asdict(sample) for sample in samples], indent=1, ensure_ascii=False)
+        replace(workdir / SAMPLES / f"{step:08d}.json", content.encode())
+
+
+def read_samples(workdir: Path, step: int) -> list[Sample]:
+    """What the model wrote after a step; nothing where nothing was kept."""
+    path = workdir / SAMPLES / f"{step:08d}.json"
+    return [Sample(**sample) for sample in json.loads(path.read_text())] if path.exists() else []
 
 
 def environment() -> dict[str, str]:
@@ -176,6 +199,15 @@ def _loss(records: Sequence[Mapping[str, Any]], held_out: HeldOut | None) -> Fig
         axes.plot(records[-1]["step"], held_out.loss, "D", color="C3", markersize=5, label="validation, all held-out data")
         axes.axhline(held_out.unigram_loss, color="0.4", linestyle="--", label="unigram model, all held-out data")
     axes.legend(edgecolor="none")
+    return figure
+
+
+def _by_group(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Figure:
+    figure, axes = _plot(8, 4, "held-out loss (nats per token)")
+    for name in names:
+        style = "o-" if name.startswith("eval/source/") else "s--"
+        axes.plot(*_column(records, name), style, markersize=3, label=name.removeprefix("eval/"))
+    axes.legend(edgecolor="none", fontsize=8, ncols=2)
     return figure
 
 

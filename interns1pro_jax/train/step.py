@@ -15,7 +15,7 @@ from interns1pro_jax import sharding
 from interns1pro_jax.config import ConfigError, TextConfig
 from interns1pro_jax.layers.decoder import REMAT
 from interns1pro_jax.models.inputs import Batch
-from interns1pro_jax.ops.losses import cross_entropy
+from interns1pro_jax.ops.losses import IGNORED, ordered_sums, token_log_probs
 from interns1pro_jax.optim.optimizer import Optimizer
 from interns1pro_jax.train.faults import STOP_IF_NOT_FINITE, FaultPolicy, remember
 from interns1pro_jax.train.objective import MEAN_OVER_TOKENS, Counts, Metrics, Objective, Sums, counts_beforehand, loss_function, metrics_of
@@ -153,11 +153,17 @@ def split_batch(batch: Batch, parts: int) -> Batch:
     return jax.tree.map(split, batch)
 
 
-def make_eval_step(graphdef: nnx.GraphDef) -> Callable[[TrainState, Batch], tuple[Float[Array, ""], Int[Array, ""]]]:
-    """The jitted evaluation `(state, batch) -> (sum of losses over the labels, number of labels)`."""
+def make_eval_step(
+    graphdef: nnx.GraphDef, groups: int = 1
+) -> Callable[[TrainState, Batch, Int[Array, "B T"]], tuple[Float[Array, " groups"], Int[Array, " groups"]]]:
+    """The jitted evaluation `(state, batch, group of each position) -> (sums of losses over the labels, numbers of labels)` by group."""
 
-    def evaluate(state: TrainState, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def evaluate(state: TrainState, batch: Batch, groups_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         model = nnx.merge(graphdef, state.params, state.buffers)
-        return cross_entropy(model(batch.inputs).hidden_BTD, model.text.head_DV, batch.labels)
+        log_probs_BT = token_log_probs(model(batch.inputs).hidden_BTD, model.text.head_DV, batch.labels)
+        is_in_BTG = sharding.constrain(groups_BT, "batch", "sequence")[..., None] == jnp.arange(groups)
+        counted_BT = sharding.constrain(batch.labels != IGNORED, "batch", "sequence")
+        counts_G = jnp.sum(is_in_BTG & counted_BT[..., None], (0, 1), dtype=jnp.int32)
+        return ordered_sums(jnp.where(is_in_BTG, -sharding.constrain(log_probs_BT, "batch", "sequence")[..., None], 0)), counts_G
 
     return jax.jit(evaluate)

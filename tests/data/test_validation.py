@@ -15,7 +15,7 @@ from interns1pro_jax.tokenizer import base
 
 
 def labels_of(data):
-    labels = np.concatenate([batch.labels.ravel() for batch in data.in_order()])
+    labels = np.concatenate([batch.labels.ravel() for batch, _ in data.in_order()])
     return sorted(labels[labels != -100].tolist())
 
 
@@ -36,7 +36,7 @@ def test_only_the_medium_changes(examples, documents, encoder, model, config, me
 def test_an_image_is_greyed_or_another_documents(examples, model, config):
     images = [example for example in examples if example.name.startswith("image")]
     result = ablation(images, model, config, "image")
-    variants = [list(data.in_order()) for data in (result.intact, result.removed, result.swapped)]
+    variants = [[batch for batch, _ in data.in_order()] for data in (result.intact, result.removed, result.swapped)]
     for intact, removed, swapped in zip(*variants, strict=True):
         for name in ("tokens", "positions", "segment_ids"):
             assert np.array_equal(getattr(intact.inputs, name), getattr(removed.inputs, name))
@@ -51,8 +51,8 @@ def test_an_image_is_greyed_or_another_documents(examples, model, config):
 
 def test_a_signal_is_silenced(examples, model, config):
     result = ablation(examples, model, config, "signal")
-    assert all((batch.inputs.time_series.values == 0).all() for batch in result.removed.in_order())
-    assert not any((batch.inputs.time_series.values == 0).all() for batch in result.swapped.in_order() if (batch.labels != -100).any())
+    assert all((batch.inputs.time_series.values == 0).all() for batch, _ in result.removed.in_order())
+    assert not any((batch.inputs.time_series.values == 0).all() for batch, _ in result.swapped.in_order() if (batch.labels != -100).any())
 
 
 @pytest.mark.parametrize("medium", ["image", "signal"])

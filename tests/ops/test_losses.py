@@ -13,7 +13,7 @@ from interns1pro_jax.ops.losses import (
     cross_entropy,
     cross_entropy_reference,
     label_weights,
-    ordered_sum,
+    ordered_sums,
     token_log_probs,
     token_log_probs_reference,
 )
@@ -77,7 +77,7 @@ def test_label_weights_on_any_mesh(averaging, power):
         with jax.set_mesh(make_mesh(**sizes)):
             weights = jax.jit(label_weights, static_argnums=2)(labels, segments, averaging)
             np.testing.assert_allclose(weights, np.tile(wanted, (8, 1)), rtol=1e-6)
-            np.testing.assert_allclose(jax.jit(ordered_sum)(weights), 8 * wanted.sum(), rtol=1e-6)
+            np.testing.assert_allclose(jax.jit(ordered_sums)(weights), 8 * wanted.sum(), rtol=1e-6)
 
 
 def test_bfloat16(mesh):

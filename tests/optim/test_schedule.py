@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from interns1pro_jax.config import ConfigError
-from interns1pro_jax.optim.schedule import DECAY_SHAPES, constant, warmup_stable_decay
+from interns1pro_jax.optim.schedule import DECAY_SHAPES, constant, cosine, warmup_stable_decay
 
 
 def rates(schedule, steps):
@@ -36,6 +36,14 @@ def test_constant_and_no_decay():
     np.testing.assert_array_equal(rates(constant(0.5), 3), 0.5)
     np.testing.assert_allclose(rates(constant(0.5, warmup_steps=1), 3), 0.5)
     np.testing.assert_allclose(rates(warmup_stable_decay(0.5, 4, warmup_steps=2, decay_steps=0), 4), [0.25, 0.5, 0.5, 0.5])
+
+
+def test_cosine_by_definition():
+    lr = rates(cosine(2.0, total_steps=50, warmup_steps=10, final_fraction=0.1), 51)
+    np.testing.assert_allclose(lr[:10], 0.2 * np.arange(1, 11), rtol=1e-6)
+    np.testing.assert_allclose(lr[10:], 0.2 + 1.8 * 0.5 * (1 + np.cos(np.pi * np.arange(41) / 40)), rtol=1e-5)
+    with pytest.raises(ConfigError, match="warmup_steps=60"):
+        cosine(1.0, total_steps=50, warmup_steps=60)
 
 
 @pytest.mark.parametrize(
