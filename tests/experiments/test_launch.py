@@ -5,24 +5,11 @@ from pathlib import Path
 import gin
 import pytest
 
-from experiments import bindings, launch
+from experiments import launch
 from interns1pro_jax.config import ModelConfig
 from interns1pro_jax.train import aot
 
 RECIPES = sorted((launch.ROOT / "configs" / "recipes").glob("*.gin"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def registered():
-    bindings.register()
-    gin.add_config_file_search_path(str(launch.ROOT))
-    yield
-    gin.clear_config(clear_constants=True)
-
-
-@pytest.fixture(autouse=True)
-def cleared():
-    gin.clear_config()
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
