@@ -50,7 +50,7 @@ def records(directory: Path) -> dict[str, list[dict]]:
     times = [1.75, 2.5, 3.25]
     tool = {
         "type": "function",
-        "function": {"name": "mean", "description": statistics.mean.__doc__ or "", "parameters": {"type": "object"}},
+        "function": {"name": "mean", "description": "The mean of data.", "parameters": {"type": "object"}},
     }
     call = {"type": "function", "function": {"name": "mean", "arguments": {"data": times}}}
     chat = [
