@@ -11,6 +11,7 @@ import gin
 import jax
 
 from experiments.expand import expand
+from experiments.expansion_study import expansion_study
 from experiments.train import train
 from interns1pro_jax import config, sharding
 from interns1pro_jax.data import corpus, image_processing, mixture, packing, pipeline, plan
@@ -46,7 +47,7 @@ _DATACLASSES = (
     LoopConfig,
     StepConfig,
 )
-_FUNCTIONS = (schedule.warmup_stable_decay, schedule.constant, schedule.cosine, expand, train)
+_FUNCTIONS = (schedule.warmup_stable_decay, schedule.constant, schedule.cosine, expand, expansion_study, train)
 
 
 def register() -> None:

@@ -309,7 +309,7 @@ def check_fits(sources: Sequence[PreparedSource], tokenizer: str, model: ModelCo
         manifest = source.manifest
         if manifest.tokenizer != tokenizer:
             raise DataError(f"{source.directory} was prepared with another tokenizer; prepare it again with the one of this run.")
-        if manifest.vision is not None and manifest.vision != geometry:
+        if manifest.vision is not None and row.patches and manifest.vision != geometry:  # rows without patches have text alone
             raise DataError(
                 f"{source.directory} was prepared for patches of {manifest.vision} (size, merge, frames), the model has {geometry}; "
                 "prepare it again with this model."

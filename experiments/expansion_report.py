@@ -1,0 +1,125 @@
+"""The tables and the picture of an expansion study, from the records of its arms."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from interns1pro_jax.checkpoint.safetensors_writer import write_json
+from interns1pro_jax.train.metrics import read_records, replace
+
+_PACKAGES = ("jax", "flax", "optax", "numpy")
+_COPIES = {
+    "weights_cosine": "cosine of copies' weights",
+    "router_overlap": "tokens that copies share (Jaccard)",
+    "output_difference": "difference of copies' outputs",
+}
+
+Curve = Mapping[str, Any]
+
+
+def write(workdir: Path, seeds: Sequence[int], arms: Sequence[str]) -> None:
+    """`study.json`: every evaluation of every arm and seed. `study.csv`: mean and standard deviation over seeds. `study.png`: the curves."""
+    runs = {arm: [curve(workdir / f"seed_{seed}" / arm) for seed in seeds] for arm in arms}
+    bases = [curve(workdir / f"seed_{seed}" / "base") for seed in seeds]
+    versions = {name: metadata.version(name) for name in _PACKAGES} | {"python": platform.python_version()}
+    facts = {"date": datetime.now(UTC).date().isoformat(), "versions": versions, "seeds": list(seeds)}
+    write_json(workdir / "study.json", facts | {"base": bases, "arms": runs})
+    replace(workdir / "study.csv", table(runs).encode())
+    figure = draw(bases, runs)
+    figure.savefig(workdir / "study.png", dpi=110)
+
+
+def curve(home: Path) -> dict[str, list[float | None]]:
+    """Evaluations of one run: `step`, and a list for every quantity; None where one was not measured."""
+    records = [{"step": 0} | json.loads((home / "initial.json").read_text())] if (home / "initial.json").exists() else []
+    for record in read_records(home):
+        if "eval/loss" in record:
+            values = {name.removeprefix("eval/"): value for name, value in record.items() if name.startswith("eval/")}
+            records.append({"step": record["step"]} | values)
+    names = sorted({name for record in records for name in record})
+    return {name: [_number(record.get(name)) for record in records] for name in names}
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None or not np.isfinite(value) else value
+
+
+def table(runs: Mapping[str, Sequence[Curve]]) -> str:
+    """CSV with a line for each arm: mean and standard deviation over the seeds."""
+    out = io.StringIO()
+    columns = {
+        "separation": ("separation", 0),
+        "loss_right_after": ("loss", 0),
+        "loss_at_end": ("loss", -1),
+        "device_load_max_right_after": ("device_load_max", 0),
+        "device_load_max_at_end": ("device_load_max", -1),
+        "expert_load_max_at_end": ("expert_load_max", -1),
+        "unused_experts_right_after": ("unused_experts", 0),
+        "unused_experts_at_end": ("unused_experts", -1),
+        **{f"{name}_at_end": (name, -1) for name in ("weights_cosine", "router_cosine", "router_overlap", "output_difference")},
+    }
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["arm", *(f"{name}{kind}" for name in (*columns, "end_minus_unexpanded") for kind in ("", "_sd"))])
+    reference = np.array([run["loss"][-1] for run in runs["unexpanded"]])
+    for arm, curves in runs.items():
+        cells: list[str] = []
+        values = [[run[name][at] if name in run else None for run in curves] for name, at in columns.values()]
+        values.append((np.array([run["loss"][-1] for run in curves]) - reference).tolist())
+        for of_seeds in values:
+            known = [value for value in of_seeds if value is not None]
+            cells += [f"{np.mean(known):.4f}", f"{np.std(known, ddof=1):.4f}" if len(known) > 1 else ""] if known else ["", ""]
+        writer.writerow([arm, *cells])
+    return out.getvalue()
+
+
+def draw(bases: Sequence[Curve], runs: Mapping[str, Sequence[Curve]]) -> Figure:
+    """Held-out loss before and after, and how the copies grow apart; bands are a standard deviation over the seeds."""
+    figure = Figure(figsize=(13, 8), layout="constrained")
+    axes = figure.subplots(2, 3)
+    colours = {arm: f"C{i}" for i, arm in enumerate(runs)}
+    before = axes[0, 0]
+    _band(before, bases, "loss", "black", "unexpanded, from random weights")
+    before.set(title="Before: to a plateau", xlabel="steps", ylabel="held-out loss (nats per token)")
+    before.set_ylim(top=bases[0]["loss"][0] if len(bases[0]["loss"]) < 3 else bases[0]["loss"][1])
+    after, bars = axes[0, 1], axes[0, 2]
+    for arm, curves in runs.items():
+        _band(after, curves, "loss", colours[arm], arm)
+    after.set(title="After: expanded, and trained on", xlabel="steps after expansion", ylabel="held-out loss (nats per token)")
+    after.set_yscale("log")
+    after.legend(fontsize=8)
+    reference = np.array([run["loss"][-1] for run in runs["unexpanded"]])
+    differences = {arm: np.array([run["loss"][-1] for run in curves]) - reference for arm, curves in runs.items()}
+    bars.barh(
+        list(differences),
+        [x.mean() for x in differences.values()],
+        xerr=[x.std(ddof=1) if len(x) > 1 else 0 for x in differences.values()],
+        color=list(colours.values()),
+    )
+    bars.invert_yaxis()
+    bars.axvline(0, color="black", lw=0.8)
+    bars.set(title="At the end, against training on unexpanded", xlabel="held-out loss, difference (lower is better)")
+    for axis, (name, title) in zip(axes[1], _COPIES.items(), strict=True):
+        for arm, curves in runs.items():
+            if name in curves[0]:
+                _band(axis, curves, name, colours[arm], arm)
+        axis.set(title=title, xlabel="steps after expansion")
+    return figure
+
+
+def _band(axis: Any, curves: Sequence[Curve], name: str, colour: str, label: str) -> None:
+    steps = curves[0]["step"]
+    values = np.array([run[name] for run in curves], np.float64)
+    mean, spread = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else 0 * values[0]
+    axis.plot(steps, mean, color=colour, label=label)
+    axis.fill_between(steps, mean - spread, mean + spread, color=colour, alpha=0.2, lw=0)

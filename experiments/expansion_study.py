@@ -1,0 +1,214 @@
+"""Does expert expansion work, and which way? A small model is trained to a plateau, expanded by each method, and trained on."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from rich.console import Console
+
+from experiments import expansion_report
+from experiments.expand import measure
+from interns1pro_jax.checkpoint.hf_export import export_model
+from interns1pro_jax.checkpoint.hf_import import load_model
+from interns1pro_jax.checkpoint.manager import CheckpointManager
+from interns1pro_jax.checkpoint.safetensors_io import open_checkpoint
+from interns1pro_jax.checkpoint.safetensors_writer import write_json
+from interns1pro_jax.config import ConfigError, ModelConfig
+from interns1pro_jax.data.corpus import Corpus
+from interns1pro_jax.data.validation import PackedExamples
+from interns1pro_jax.expansion.assignment import CALIBRATED, ExpansionConfig, assign, separation
+from interns1pro_jax.expansion.checkpoint import expand_checkpoint, fingerprint, moe_layers
+from interns1pro_jax.expansion.differentiation import copies_of, copy_statistics, use_of_experts
+from interns1pro_jax.expansion.manifest import Calibration, Manifest
+from interns1pro_jax.expansion.routing_counts import RoutingCounts
+from interns1pro_jax.models.inputs import Batch
+from interns1pro_jax.models.interns1pro import InternS1Pro, create_model
+from interns1pro_jax.ops.losses import cross_entropy
+from interns1pro_jax.optim.optimizer import OptimizerConfig, make_optimizer
+from interns1pro_jax.sharding import MeshConfig
+from interns1pro_jax.train.feed import Batches, place_batch
+from interns1pro_jax.train.loop import LoopConfig
+from interns1pro_jax.train.loop import train as train_loop
+from interns1pro_jax.train.metrics import JsonLines, read_records
+from interns1pro_jax.train.state import TrainState, init_state
+from interns1pro_jax.train.step import make_train_step
+
+UNEXPANDED, BASE = "unexpanded", "base"
+
+
+def expansion_study(
+    workdir: Path,
+    *,
+    model: ModelConfig,
+    mesh: MeshConfig,
+    corpus: Corpus,
+    optimizer: OptimizerConfig,
+    base_loop: LoopConfig,
+    base_schedule: optax.Schedule,
+    loop: LoopConfig,
+    schedule: optax.Schedule,
+    expansion: ExpansionConfig,
+    arms: Mapping[str, Sequence[Any]],
+    seeds: Sequence[int] = (0, 1, 2),
+    calibration_batches: int = 64,
+    compile_only: bool = False,
+) -> None:
+    """Trains `model` with each seed, expands it by each of `arms`, trains each result and the unexpanded model on with the same data and
+    schedule, and writes `study.json`, `study.csv` and `study.png` to `workdir`.
+
+    A study that is interrupted goes on where it was. The expansion is what users run, from one checkpoint in the released layout to
+    another.
+
+    Args:
+      expansion: what the arms share.
+      arms: name -> (method, noise).
+    """
+    if compile_only:
+        raise ConfigError("a study has no step to compile; leave out --compile_only.")
+    with jax.set_mesh(mesh.make()):
+        study = _Study(workdir, model, corpus, optimizer, Console())
+        for seed in seeds:
+            home = workdir / f"seed_{seed}"
+            batches = study.batches(seed)
+            study.train_base(home, seed, batches, base_loop, base_schedule)
+            counts = study.calibrate(home, calibration_batches, expansion)
+            later = _From(batches, base_loop.steps)
+            study.train_on(home, None, UNEXPANDED, counts, later, loop, schedule)
+            for name, (method, noise) in arms.items():
+                arm = dataclasses.replace(expansion, method=method, noise=noise, seed=seed)
+                study.train_on(home, arm, name, counts, later, loop, schedule)
+    expansion_report.write(workdir, seeds, [UNEXPANDED, *arms])
+
+
+@dataclasses.dataclass(frozen=True)
+class _From:
+    """The batches after the first `start`."""
+
+    batches: Batches
+    start: int
+
+    def __getitem__(self, step: int) -> Batch:
+        return self.batches[self.start + step]
+
+
+class _Study:
+    def __init__(self, workdir: Path, model: ModelConfig, corpus: Corpus, optimizer: OptimizerConfig, console: Console):
+        self.workdir, self.model, self.corpus, self.optimizer, self.console = workdir, model, corpus, optimizer, console
+        held_out = PackedExamples(corpus.held_out_examples(), model, corpus.pipeline)
+        self.held_out = list(held_out.in_order())
+        self.compiled: dict[Any, Callable[..., Any]] = {}
+
+    def batches(self, seed: int) -> Batches:
+        pipeline = dataclasses.replace(self.corpus.pipeline, seed=seed)
+        corpus = dataclasses.replace(self.corpus, pipeline=pipeline)
+        return corpus.batches(self.model, corpus.load_tokenizer(), corpus.open_sources())
+
+    def once(self, key: Any, make: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
+        """Compiled functions are shared by seeds and arms."""
+        if key not in self.compiled:
+            self.compiled[key] = make()
+        return self.compiled[key]
+
+    def train_base(self, home: Path, seed: int, batches: Batches, loop: LoopConfig, schedule: optax.Schedule) -> None:
+        if (home / "released" / "config.json").exists():
+            return
+        self.console.rule(f"seed {seed}: {BASE}")
+        state = self._train(home / BASE, create_model(self.model, seed), batches, loop, schedule, None)
+        graph = nnx.graphdef(create_model(self.model, seed))
+        export_model(nnx.merge(graph, state.params, state.buffers), self.model, home / "released", identity=str(home))
+
+    def calibrate(self, home: Path, batches: int, expansion: ExpansionConfig) -> RoutingCounts:
+        path = home / "calibration.npz"
+        identity = fingerprint(open_checkpoint(home / "released"), self.model)
+        if not path.exists():
+            counts = measure(home / "released", self.model, self.corpus, batches, expansion.depth(self.model), self.console)
+            counts.save(path, identity)
+        return RoutingCounts.load(path, identity)
+
+    def train_on(
+        self,
+        home: Path,
+        arm: ExpansionConfig | None,
+        name: str,
+        counts: RoutingCounts,
+        batches: Any,
+        loop: LoopConfig,
+        schedule: optax.Schedule,
+    ) -> None:
+        """One arm: the model before the first step is measured into `initial.json`, the others into `metrics.jsonl`."""
+        if (home / name / "initial.json").exists() and any(r["step"] == loop.steps for r in read_records(home / name)):
+            return
+        self.console.rule(f"{home.name}: {name}")
+        source, copies, apart = home / "released", None, float("nan")
+        directory, config = source, self.model
+        if arm is not None:
+            text, checkpoint = self.model.text, open_checkpoint(source)
+            slots_LGS = assign(arm, text.num_moe_layers, text.num_experts, counts)
+            apart = float(separation(counts, slots_LGS).mean())
+            calibration = Calibration(counts.fingerprint, counts.tokens) if arm.method in CALIBRATED else None
+            manifest = Manifest(fingerprint(checkpoint, self.model), arm, calibration, moe_layers(self.model), slots_LGS)
+            directory, config = home / name / "checkpoint", arm.target(self.model)
+            if not (directory / "config.json").exists():
+                expand_checkpoint(checkpoint, self.model, manifest, directory)
+            copies = np.stack([copies_of(slots_GS, arm.growth) for slots_GS in slots_LGS])
+        network = load_model(directory, config)
+        if not (home / name / "initial.json").exists():
+            initial = self._evaluate(network, copies)
+            (home / name).mkdir(parents=True, exist_ok=True)
+            write_json(home / name / "initial.json", initial | {"separation": apart})
+            self.console.print(f"right after: {initial}", highlight=False)
+        self._train(home / name, network, batches, loop, schedule, copies)
+
+    def _train(
+        self, home: Path, network: InternS1Pro, batches: Any, loop: LoopConfig, schedule: optax.Schedule, copies: np.ndarray | None
+    ) -> TrainState:
+        optim = make_optimizer(self.optimizer, schedule)
+        graphdef, state = init_state(network, optim, loop.faults)
+        text = network.config.text
+        step_fn = self.once(("step", text, id(schedule)), lambda: make_train_step(graphdef, text, optim, faults=loop.faults))
+
+        def evaluate(state: TrainState) -> dict[str, float]:
+            return self._evaluate(nnx.merge(graphdef, state.params, state.buffers), copies)
+
+        with CheckpointManager(home / "checkpoints", {"model": dataclasses.asdict(network.config)}, keep_last=1) as checkpoints:
+            return train_loop(
+                state,
+                step_fn,
+                batches,
+                loop,
+                workdir=home,
+                checkpoints=checkpoints,
+                evaluate=evaluate,
+                writers=lambda directory: (JsonLines(directory),),
+                console=self.console,
+            )
+
+    def _evaluate(self, network: InternS1Pro, copies_LEk: np.ndarray | None) -> dict[str, float]:
+        """Loss on all held-out text, use of the experts, and how far copies are apart."""
+        text = network.config.text
+        graphdef, weights = nnx.split(network)
+
+        def sums(weights: Any, batch: Batch) -> tuple[jax.Array, ...]:
+            model = nnx.merge(graphdef, weights)
+            out = model(batch.inputs)
+            assert out.stats is not None
+            return *cross_entropy(out.hidden_BTD, model.text.lm_head_DV[...], batch.labels), out.stats.load_E.sum(1)
+
+        run = self.once(("evaluate", text), lambda: jax.jit(sums))
+        total: Any = functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), (run(weights, place_batch(b)) for b in self.held_out))
+        loss, labels, load_LE = (np.asarray(x) for x in total)
+        result = {"loss": float(loss / labels)} | use_of_experts(load_LE, text.router_n_groups, devices=8)
+        if copies_LEk is not None:
+            compare = self.once(("copies", text), lambda: jax.jit(lambda w, i, c: copy_statistics(nnx.merge(graphdef, w), i, c)))
+            found = compare(weights, place_batch(self.held_out[0].inputs), jnp.asarray(copies_LEk))
+            result |= {key: float(value) for key, value in found.items()}
+        return result
