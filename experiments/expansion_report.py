@@ -29,7 +29,7 @@ Curve = Mapping[str, Any]
 
 
 def write(workdir: Path, seeds: Sequence[int], arms: Sequence[str]) -> None:
-    """`study.json`: every evaluation of every arm and seed. `study.csv`: mean and standard deviation over seeds. `study.png`: the curves."""
+    """`study.json`: every evaluation of every arm and seed; `study.csv`: means and standard deviations over seeds; `study.png`: curves."""
     runs = {arm: [curve(workdir / f"seed_{seed}" / arm) for seed in seeds] for arm in arms}
     bases = [curve(workdir / f"seed_{seed}" / "base") for seed in seeds]
     versions = {name: metadata.version(name) for name in _PACKAGES} | {"python": platform.python_version()}
