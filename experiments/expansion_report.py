@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from interns1pro_jax.checkpoint.safetensors_writer import write_json
 from interns1pro_jax.train.metrics import read_records, replace
 
+BASE, UNEXPANDED, INITIAL = "base", "unexpanded", "initial.json"
 _PACKAGES = ("jax", "flax", "optax", "numpy")
 _COPIES = {
     "weights_cosine": "cosine of copies' weights",
@@ -31,18 +32,18 @@ Curve = Mapping[str, Any]
 def write(workdir: Path, seeds: Sequence[int], arms: Sequence[str]) -> None:
     """`study.json`: every evaluation of every arm and seed; `study.csv`: means and standard deviations over seeds; `study.png`: curves."""
     runs = {arm: [curve(workdir / f"seed_{seed}" / arm) for seed in seeds] for arm in arms}
-    bases = [curve(workdir / f"seed_{seed}" / "base") for seed in seeds]
+    base = curve(workdir / BASE)
     versions = {name: metadata.version(name) for name in _PACKAGES} | {"python": platform.python_version()}
     facts = {"date": datetime.now(UTC).date().isoformat(), "versions": versions, "seeds": list(seeds)}
-    write_json(workdir / "study.json", facts | {"base": bases, "arms": runs})
+    write_json(workdir / "study.json", facts | {"base": base, "arms": runs})
     replace(workdir / "study.csv", table(runs).encode())
-    figure = draw(bases, runs)
+    figure = draw(base, runs)
     figure.savefig(workdir / "study.png", dpi=110)
 
 
 def curve(home: Path) -> dict[str, list[float | None]]:
     """Evaluations of one run: `step`, and a list for every quantity; None where one was not measured."""
-    records = [{"step": 0} | json.loads((home / "initial.json").read_text())] if (home / "initial.json").exists() else []
+    records = [{"step": 0} | json.loads((home / INITIAL).read_text())] if (home / INITIAL).exists() else []
     for record in read_records(home):
         if "eval/loss" in record:
             values = {name.removeprefix("eval/"): value for name, value in record.items() if name.startswith("eval/")}
@@ -71,7 +72,7 @@ def table(runs: Mapping[str, Sequence[Curve]]) -> str:
     }
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["arm", *(f"{name}{kind}" for name in (*columns, "end_minus_unexpanded") for kind in ("", "_sd"))])
-    reference = np.array([run["loss"][-1] for run in runs["unexpanded"]])
+    reference = np.array([run["loss"][-1] for run in runs[UNEXPANDED]])
     for arm, curves in runs.items():
         cells: list[str] = []
         values = [[run[name][at] if name in run else None for run in curves] for name, at in columns.values()]
@@ -83,22 +84,20 @@ def table(runs: Mapping[str, Sequence[Curve]]) -> str:
     return out.getvalue()
 
 
-def draw(bases: Sequence[Curve], runs: Mapping[str, Sequence[Curve]]) -> Figure:
+def draw(base: Curve, runs: Mapping[str, Sequence[Curve]]) -> Figure:
     """Held-out loss before and after, and how the copies grow apart; bands are a standard deviation over the seeds."""
     figure = Figure(figsize=(13, 8), layout="constrained")
     axes = figure.subplots(2, 3)
     colours = {arm: f"C{i}" for i, arm in enumerate(runs)}
     before = axes[0, 0]
-    _band(before, bases, "loss", "black", "unexpanded, from random weights")
+    before.plot(base["step"], base["loss"], "black")
     before.set(title="Before: to a plateau", xlabel="steps", ylabel="held-out loss (nats per token)")
-    before.set_ylim(top=bases[0]["loss"][0] if len(bases[0]["loss"]) < 3 else bases[0]["loss"][1])
     after, bars = axes[0, 1], axes[0, 2]
     for arm, curves in runs.items():
         _band(after, curves, "loss", colours[arm], arm)
     after.set(title="After: expanded, and trained on", xlabel="steps after expansion", ylabel="held-out loss (nats per token)")
-    after.set_yscale("log")
     after.legend(fontsize=8)
-    reference = np.array([run["loss"][-1] for run in runs["unexpanded"]])
+    reference = np.array([run["loss"][-1] for run in runs[UNEXPANDED]])
     differences = {arm: np.array([run["loss"][-1] for run in curves]) - reference for arm, curves in runs.items()}
     bars.barh(
         list(differences),

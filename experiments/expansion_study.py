@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from flax import nnx
 from rich.console import Console
 
 from experiments import expansion_report
-from experiments.expand import measure
+from experiments.expand import COUNTS, GROWN, measure
+from experiments.expansion_report import BASE, INITIAL, UNEXPANDED
 from interns1pro_jax.checkpoint.hf_export import export_model
 from interns1pro_jax.checkpoint.hf_import import load_model
 from interns1pro_jax.checkpoint.manager import CheckpointManager
@@ -42,8 +44,6 @@ from interns1pro_jax.train.metrics import JsonLines, read_records
 from interns1pro_jax.train.state import TrainState, init_state
 from interns1pro_jax.train.step import make_train_step
 
-UNEXPANDED, BASE = "unexpanded", "base"
-
 
 def expansion_study(
     workdir: Path,
@@ -62,8 +62,8 @@ def expansion_study(
     calibration_batches: int = 64,
     compile_only: bool = False,
 ) -> None:
-    """Trains `model` with each seed, expands it by each of `arms`, trains each result and the unexpanded model on with the same data and
-    schedule, and writes `study.json`, `study.csv` and `study.png` to `workdir`.
+    """Trains `model`, expands it by each of `arms`, trains each result and the unexpanded model on with the same data and schedule, and
+    writes `study.json`, `study.csv` and `study.png` to `workdir`, after each seed for those that are done.
 
     A study that is interrupted goes on where it was. The expansion is what users run, from one checkpoint in the released layout to
     another.
@@ -71,22 +71,21 @@ def expansion_study(
     Args:
       expansion: what the arms share.
       arms: name -> (method, noise).
+      seeds: of the order of the data after the expansion, of cuts and of noise; the model before it is one.
     """
     if compile_only:
         raise ConfigError("a study has no step to compile; leave out --compile_only.")
     with jax.set_mesh(mesh.make()):
         study = _Study(workdir, model, corpus, optimizer, Console())
+        study.train_base(base_loop, base_schedule)
+        counts = study.calibrate(calibration_batches, expansion)
         for seed in seeds:
-            home = workdir / f"seed_{seed}"
-            batches = study.batches(seed)
-            study.train_base(home, seed, batches, base_loop, base_schedule)
-            counts = study.calibrate(home, calibration_batches, expansion)
-            later = _From(batches, base_loop.steps)
-            study.train_on(home, None, UNEXPANDED, counts, later, loop, schedule)
+            home, batches = workdir / f"seed_{seed}", _From(study.batches(seed), base_loop.steps)
+            study.train_on(home / UNEXPANDED, None, counts, batches, loop, schedule)
             for name, (method, noise) in arms.items():
                 arm = dataclasses.replace(expansion, method=method, noise=noise, seed=seed)
-                study.train_on(home, arm, name, counts, later, loop, schedule)
-    expansion_report.write(workdir, seeds, [UNEXPANDED, *arms])
+                study.train_on(home / name, arm, counts, batches, loop, schedule)
+            expansion_report.write(workdir, [s for s in seeds if s <= seed], [UNEXPANDED, *arms])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +103,8 @@ class _Study:
     def __init__(self, workdir: Path, model: ModelConfig, corpus: Corpus, optimizer: OptimizerConfig, console: Console):
         self.workdir, self.model, self.corpus, self.optimizer, self.console = workdir, model, corpus, optimizer, console
         held_out = PackedExamples(corpus.held_out_examples(), model, corpus.pipeline)
-        self.held_out = list(held_out.in_order())
+        self.held_out = list(itertools.islice(held_out.in_order(), corpus.evaluation_batches))
+        self.released = workdir / "released"
         self.compiled: dict[Any, Callable[..., Any]] = {}
 
     def batches(self, seed: int) -> Batches:
@@ -118,55 +118,49 @@ class _Study:
             self.compiled[key] = make()
         return self.compiled[key]
 
-    def train_base(self, home: Path, seed: int, batches: Batches, loop: LoopConfig, schedule: optax.Schedule) -> None:
-        if (home / "released" / "config.json").exists():
+    def train_base(self, loop: LoopConfig, schedule: optax.Schedule) -> None:
+        if (self.released / "config.json").exists():
             return
-        self.console.rule(f"seed {seed}: {BASE}")
-        state = self._train(home / BASE, create_model(self.model, seed), batches, loop, schedule, None)
-        graph = nnx.graphdef(create_model(self.model, seed))
-        export_model(nnx.merge(graph, state.params, state.buffers), self.model, home / "released", identity=str(home))
+        self.console.rule("the model before")
+        network = create_model(self.model)
+        graphdef = nnx.graphdef(network)
+        state = self._train(self.workdir / BASE, network, self.batches(self.corpus.pipeline.seed), loop, schedule, None)
+        export_model(nnx.merge(graphdef, state.params, state.buffers), self.model, self.released, identity=str(self.workdir))
 
-    def calibrate(self, home: Path, batches: int, expansion: ExpansionConfig) -> RoutingCounts:
-        path = home / "calibration.npz"
-        identity = fingerprint(open_checkpoint(home / "released"), self.model)
+    def calibrate(self, batches: int, expansion: ExpansionConfig) -> RoutingCounts:
+        path = self.workdir / COUNTS
+        identity = fingerprint(open_checkpoint(self.released), self.model)
         if not path.exists():
-            counts = measure(home / "released", self.model, self.corpus, batches, expansion.depth(self.model), self.console)
+            counts = measure(self.released, self.model, self.corpus, batches, expansion.depth(self.model), self.console)
             counts.save(path, identity)
         return RoutingCounts.load(path, identity)
 
     def train_on(
-        self,
-        home: Path,
-        arm: ExpansionConfig | None,
-        name: str,
-        counts: RoutingCounts,
-        batches: Any,
-        loop: LoopConfig,
-        schedule: optax.Schedule,
+        self, home: Path, arm: ExpansionConfig | None, counts: RoutingCounts, batches: Any, loop: LoopConfig, schedule: optax.Schedule
     ) -> None:
         """One arm: the model before the first step is measured into `initial.json`, the others into `metrics.jsonl`."""
-        if (home / name / "initial.json").exists() and any(r["step"] == loop.steps for r in read_records(home / name)):
+        if (home / INITIAL).exists() and any(record["step"] == loop.steps for record in read_records(home)):
             return
-        self.console.rule(f"{home.name}: {name}")
-        source, copies, apart = home / "released", None, float("nan")
-        directory, config = source, self.model
+        self.console.rule(f"{home.parent.name}: {home.name}")
+        home.mkdir(parents=True, exist_ok=True)
+        copies, apart = None, float("nan")
+        directory, config = self.released, self.model
         if arm is not None:
-            text, checkpoint = self.model.text, open_checkpoint(source)
+            text, checkpoint = self.model.text, open_checkpoint(self.released)
             slots_LGS = assign(arm, text.num_moe_layers, text.num_experts, counts)
             apart = float(separation(counts, slots_LGS).mean())
             calibration = Calibration(counts.fingerprint, counts.tokens) if arm.method in CALIBRATED else None
             manifest = Manifest(fingerprint(checkpoint, self.model), arm, calibration, moe_layers(self.model), slots_LGS)
-            directory, config = home / name / "checkpoint", arm.target(self.model)
+            directory, config = home / GROWN, arm.target(self.model)
             if not (directory / "config.json").exists():
                 expand_checkpoint(checkpoint, self.model, manifest, directory)
             copies = np.stack([copies_of(slots_GS, arm.growth) for slots_GS in slots_LGS])
         network = load_model(directory, config)
-        if not (home / name / "initial.json").exists():
+        if not (home / INITIAL).exists():
             initial = self._evaluate(network, copies)
-            (home / name).mkdir(parents=True, exist_ok=True)
-            write_json(home / name / "initial.json", initial | {"separation": apart})
+            write_json(home / INITIAL, initial | {"separation": apart})
             self.console.print(f"right after: {initial}", highlight=False)
-        self._train(home / name, network, batches, loop, schedule, copies)
+        self._train(home, network, batches, loop, schedule, copies)
 
     def _train(
         self, home: Path, network: InternS1Pro, batches: Any, loop: LoopConfig, schedule: optax.Schedule, copies: np.ndarray | None
@@ -201,7 +195,7 @@ class _Study:
             model = nnx.merge(graphdef, weights)
             out = model(batch.inputs)
             assert out.stats is not None
-            return *cross_entropy(out.hidden_BTD, model.text.lm_head_DV[...], batch.labels), out.stats.load_E.sum(1)
+            return *cross_entropy(out.hidden_BTD, model.text.head_DV, batch.labels), out.stats.load_E.sum(1)
 
         run = self.once(("evaluate", text), lambda: jax.jit(sums))
         total: Any = functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), (run(weights, place_batch(b)) for b in self.held_out))

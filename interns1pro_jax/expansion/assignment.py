@@ -22,6 +22,7 @@ from interns1pro_jax.config_checks import check_divides, check_fields, check_pos
 from interns1pro_jax.expansion.cuts import distinct_cuts, random_cuts
 from interns1pro_jax.expansion.routing_counts import RoutingCounts
 from interns1pro_jax.families import RELEASED
+from interns1pro_jax.tower_config import VisionConfig
 
 METHODS = ("pairs", "ranked", "random", "copy")
 CALIBRATED = ("pairs", "ranked")
@@ -63,7 +64,8 @@ class ExpansionConfig:
         require(self.seed >= 0, f"ExpansionConfig.seed={self.seed} must not be negative.")
 
     def target(self, source: ModelConfig) -> ModelConfig:
-        """The configuration of the grown model, which is of Intern-S1-Pro's family whatever the source's is.
+        """The configuration of the grown model: of Intern-S1-Pro's family whatever the source's is, with an output head of its own, and
+        with those towers of the source that the family has.
 
         Raises:
           ConfigError: the source has no experts or groups already; sizes that do not divide.
@@ -92,8 +94,10 @@ class ExpansionConfig:
             num_experts_per_tok=chosen,
             router_n_groups=self.groups,
             fope=self.fope if text.fope is None else text.fope,
+            tie_word_embeddings=False,
         )
-        return dataclasses.replace(source, text=grown, family=RELEASED)
+        vision = source.vision if isinstance(source.vision, VisionConfig) else None
+        return dataclasses.replace(source, text=grown, vision=vision, family=RELEASED)
 
     def depth(self, source: ModelConfig) -> int:
         """n, how many distinct experts of the source a token's picks should be: K / k, at least one (see the package)."""

@@ -24,17 +24,17 @@ from jaxtyping import Float, Int
 from interns1pro_jax.checkpoint.errors import CheckpointError
 from interns1pro_jax.checkpoint.hf_export import MAX_FILE_BYTES, Progress, finish_export, released_scheme, start_export
 from interns1pro_jax.checkpoint.hf_import import check_fit, parameters_of
-from interns1pro_jax.checkpoint.hf_names import HfParameter, hf_parameters
+from interns1pro_jax.checkpoint.hf_names import POSITION_TABLE, HfParameter, hf_parameters
 from interns1pro_jax.checkpoint.safetensors_io import DTYPES, Checkpoint
 from interns1pro_jax.checkpoint.safetensors_writer import OutputFile, TensorSpec, split_into_files
 from interns1pro_jax.config import ModelConfig
 from interns1pro_jax.expansion.manifest import FILE, Manifest
-from interns1pro_jax.families import FAMILIES
 from interns1pro_jax.ops.fope import initial_coefficients
 
 _WORKERS = 4
 _SCALE_SUFFIX = "_scale_inv"
 _ROUTER, _COEFFICIENTS = ".moe.router.kernel_DE", "text.fope."
+_HEAD, _EMBEDDING = "text.lm_head_DV", "text.embed_VD"
 
 
 class _Copy(NamedTuple):
@@ -59,12 +59,12 @@ def fingerprint(checkpoint: Checkpoint, config: ModelConfig) -> str:
     Raises:
       CheckpointError: the checkpoint does not fit the config; all misfits are named.
     """
-    parameters = _parameters(checkpoint, config)
-    check_fit(checkpoint, config, list(parameters.values()))
+    parameters = parameters_of(checkpoint, config)
+    check_fit(checkpoint, config, parameters)
     content = hashlib.sha256()
     for name in sorted(checkpoint):
         content.update(f"{name} {checkpoint[name].dtype} {checkpoint[name].shape}\n".encode())
-    for parameter in parameters.values():
+    for parameter in parameters:
         if parameter.path.endswith(_ROUTER):
             for _, _, name in parameter.tensors():
                 content.update(np.ascontiguousarray(checkpoint.read(name)).view(np.uint8).data)
@@ -132,13 +132,9 @@ def router_rows(
     return (exact_SD + scale_S1 * random.standard_normal(exact_SD.shape)).astype(rows_ED.dtype)
 
 
-def _parameters(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, HfParameter]:
-    return {parameter.path: parameter for parameter in parameters_of(checkpoint, config)}
-
-
 def _copies(checkpoint: Checkpoint, config: ModelConfig, grown: ModelConfig, manifest: Manifest) -> Iterator[_Copy]:
     """Every tensor of the source once, or once for each of its parts, layer by layer."""
-    sources = _parameters(checkpoint, config)
+    sources = {parameter.path: parameter for parameter in parameters_of(checkpoint, config)}
     first_of_run = {f"text.runs.{run}.": first for run, (_, first, _) in enumerate(config.text.layer_runs)}
     index_of = {layer: index for index, layer in enumerate(manifest.layers)}
     plan: list[tuple[int, _Copy]] = []
@@ -146,7 +142,7 @@ def _copies(checkpoint: Checkpoint, config: ModelConfig, grown: ModelConfig, man
         if target.path.startswith(_COEFFICIENTS) and target.path not in sources:
             plan += [(-1, _Copy("", (name,))) for _, _, name in target.tensors()]
             continue
-        source = sources[target.path]
+        source = sources[_EMBEDDING if target.path == _HEAD and config.text.tie_word_embeddings else target.path]
         first = next((first for run, first in first_of_run.items() if target.path.startswith(run)), None)
         names = {(position, number): name for position, number, name in target.tensors()}
         if "E" not in dict(target.stack):
@@ -167,15 +163,8 @@ def _copies(checkpoint: Checkpoint, config: ModelConfig, grown: ModelConfig, man
                         plan.append((first + offset, _Copy(from_names[(offset, expert), number], targets)))
                     else:
                         plan.append((first + offset, _Copy(from_names[(offset,), 0], targets, None, (source, target, expert, number))))
-    # What the architecture fixes, and the source stores all the same (`check_fit` has let nothing else pass), is stored again.
-    stored = {name for parameter in sources.values() for _, _, name in parameter.tensors()}
-    known = [name for name in checkpoint if name.removesuffix(_SCALE_SUFFIX) not in stored and not name.endswith("rotary_emb.inv_freq")]
-    family = FAMILIES[config.family]
-    if family.untouched:  # a part of the source that is no model here
-        known = [name for name in known if not name.startswith(family.untouched)]
-    if config.text.tie_word_embeddings:
-        known = [name for name in known if name != family.head + "weight"]  # repeats the embedding
-    plan += [(-1, _Copy(name, (name,))) for name in known]
+    if POSITION_TABLE in checkpoint and grown.time_series is not None:
+        plan.append((-1, _Copy(POSITION_TABLE, (POSITION_TABLE,))))
     for _, copy in sorted(plan, key=lambda entry: entry[0]):
         yield copy
         if copy.source + _SCALE_SUFFIX in checkpoint:

@@ -117,13 +117,21 @@ def test_experts_in_one_tensor_are_taken_apart(source, tmp_path):
 def test_a_qwen3_moe_grows_into_the_released_layout(source, tmp_path):
     stored = open_checkpoint(source)
     tensors = {name.replace("model.language_model.", "model."): stored.read(name) for name in stored}
-    directory = tmp_path / "qwen3_moe"
-    directory.mkdir()
-    save_file(tensors, directory / "model.safetensors")
-    (directory / "config.json").write_text(json.dumps(dataclasses.replace(source_config(), family="qwen3_moe").to_hf()))
-    assert grow(directory, tmp_path / "ours") == grow(source, tmp_path / "theirs")
-    ours, theirs = open_checkpoint(tmp_path / "ours"), open_checkpoint(tmp_path / "theirs")
-    assert {n: ours.read(n).tobytes() for n in ours} == {n: theirs.read(n).tobytes() for n in theirs}
+    wanted = grow(source, tmp_path / "theirs")
+    theirs = open_checkpoint(tmp_path / "theirs")
+    for tied in (False, True):
+        if tied:
+            del tensors["lm_head.weight"]
+        directory = tmp_path / f"qwen3_moe_{tied}"
+        directory.mkdir()
+        save_file(tensors, directory / "model.safetensors")
+        (directory / "config.json").write_text(json.dumps(source_config(tie_word_embeddings=tied, family="qwen3_moe").to_hf()))
+        assert grow(directory, tmp_path / f"ours_{tied}") == wanted
+        ours = open_checkpoint(tmp_path / f"ours_{tied}")
+        head = ours.read("model.language_model.embed_tokens.weight" if tied else "lm_head.weight")
+        assert ours.read("lm_head.weight").tobytes() == head.tobytes()
+        same = [name for name in theirs if name != "lm_head.weight" or not tied]
+        assert {n: ours.read(n).tobytes() for n in same} == {n: theirs.read(n).tobytes() for n in same}
 
 
 def damaged(source, directory, name, value):

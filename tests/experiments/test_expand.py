@@ -1,0 +1,112 @@
+"""From a source to a grown checkpoint and on with training, as a user does it; what is missing is named before anything is written."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.expand import COUNTS, GROWN, SOURCE, expand
+from experiments.train import train
+from interns1pro_jax.checkpoint.errors import CheckpointError
+from interns1pro_jax.checkpoint.weights import write_weights
+from interns1pro_jax.config import ConfigError, ModelConfig
+from interns1pro_jax.data.corpus import Corpus
+from interns1pro_jax.data.encoding import DocumentEncoder
+from interns1pro_jax.data.image_processing import PixelBounds
+from interns1pro_jax.data.mixture import Source
+from interns1pro_jax.data.packing import RowSize
+from interns1pro_jax.data.plan import PipelineConfig
+from interns1pro_jax.data.preparation import PreparationConfig, write_documents
+from interns1pro_jax.expansion.assignment import ExpansionConfig
+from interns1pro_jax.expansion.manifest import FILE, Manifest
+from interns1pro_jax.models.interns1pro import create_model
+from interns1pro_jax.optim.optimizer import OptimizerConfig
+from interns1pro_jax.optim.schedule import constant
+from interns1pro_jax.sharding import MeshConfig, make_mesh
+from interns1pro_jax.tokenizer.base import model_token_ids
+from interns1pro_jax.tokenizer.byte_bpe import ByteBpeTokenizer
+from interns1pro_jax.train.loop import LoopConfig
+from interns1pro_jax.train.metrics import read_records
+from interns1pro_jax.train.step import StepConfig
+from tests.data.conftest import WORDS, make_document
+from tests.expansion.conftest import source_config
+
+EXPANSION = ExpansionConfig(growth=2, groups=4, experts_per_token=4)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Corpus:
+    root = tmp_path_factory.mktemp("data")
+    tokenizer = ByteBpeTokenizer.train([" ".join(WORDS)] * 3, 330)
+    tokenizer.save(root / "tokenizer.json")
+    ids: dict[str, Any] = {**model_token_ids(tokenizer)}
+    encoder = DocumentEncoder(tokenizer, ModelConfig(**ids), PixelBounds(1024, 4096))
+    write_documents(str(root / "text"), [make_document(n, "text") for n in range(80)], PreparationConfig("documents", None), encoder)
+    pipeline = PipelineConfig(RowSize(32), batch_size=4, block=64)
+    return Corpus("tokenizer.json", [Source("text", 1.0)], pipeline, str(root), held_out=["text"], evaluation_batches=1, samples=0)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """Checkpoints of a run of a small model with one router group."""
+    config = source_config(num_hidden_layers=1, mlp_only_layers=(), vocab_size=336, num_experts_per_tok=4)
+    directory = tmp_path_factory.mktemp("run") / "checkpoints"
+    with jax.set_mesh(make_mesh()):
+        write_weights(directory, create_model(config), 7, "a test")
+    return directory
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_a_runs_checkpoint_grows_trains_and_continues_and_its_manifest_repeats_it(tmp_path, run, corpus):
+    expand(tmp_path / "grown", source=str(run), mesh=MeshConfig(), expansion=EXPANSION, corpus=corpus, calibration_batches=2)
+    manifest = Manifest.load(tmp_path / "grown" / GROWN / FILE)
+    assert manifest.calibration is not None and manifest.calibration.tokens > 100
+    again = dict(source=str(tmp_path / "grown" / SOURCE), mesh=MeshConfig(), expansion=ExpansionConfig(method="copy"))
+    expand(tmp_path / "again", manifest=str(tmp_path / "grown" / GROWN / FILE), **again)
+    assert contents(tmp_path / "again" / GROWN) == contents(tmp_path / "grown" / GROWN)
+
+    config = ModelConfig.from_hf(tmp_path / "grown" / GROWN)
+    options: dict[str, Any] = dict(
+        model=config, mesh=MeshConfig(expert=4), corpus=corpus, optimizer=OptimizerConfig(), schedule=constant(1e-2), step=StepConfig(),
+        weights=str(tmp_path / "grown" / GROWN),
+    )  # fmt: skip
+    for name, stops in (("whole", [3]), ("stopped", [2, 3])):
+        for steps in stops:
+            train(tmp_path / name, loop=LoopConfig(steps), **options)
+    whole, stopped = (read_records(tmp_path / name) for name in ("whole", "stopped"))
+    losses = [record["loss"] for record in whole]
+    assert len(losses) == 3 and np.isfinite(losses).all()
+    assert losses == [record["loss"] for record in stopped]
+    assert losses[0] > losses[-1]
+    with pytest.raises(ConfigError, match=r"of another model \(text.rope_theta: 10000.0 there, 1000.0 here"):
+        other = dataclasses.replace(config, text=dataclasses.replace(config.text, rope_theta=1000.0))
+        train(tmp_path / "other", loop=LoopConfig(1), **options | dict(model=other))
+
+
+def test_what_is_missing_is_named_before_anything_is_written(tmp_path, run, corpus):
+    workdir, given = tmp_path / "w", dict(source=str(run), mesh=MeshConfig())
+    workdir.mkdir()
+    for change, error, message in (
+        (dict(expansion=EXPANSION), ConfigError, "method pairs needs a calibration set: bind expand.corpus"),
+        (
+            dict(expansion=ExpansionConfig(growth=3, groups=16, method="copy")),
+            ConfigError,
+            r"growth \* experts = 3 \* 8=24 must be divisible",
+        ),
+        (dict(expansion=EXPANSION, manifest=str(tmp_path / FILE)), ConfigError, f"{tmp_path / FILE} does not exist"),
+        (dict(expansion=EXPANSION, source=str(tmp_path / "x"), corpus=corpus), CheckpointError, "is no directory"),
+        (dict(expansion=EXPANSION, corpus=corpus, calibration_batches=0), ConfigError, "calibration_batches=0 must be positive"),
+        (dict(expansion=EXPANSION, corpus=corpus, compile_only=True), ConfigError, "no step to compile"),
+    ):
+        with pytest.raises(error, match=message):
+            expand(workdir, **given | change)
+        assert not list(workdir.iterdir())
+    (workdir / COUNTS).write_bytes(b"PK damaged")
+    with pytest.raises(CheckpointError, match="holds no routing counts"):
+        expand(workdir, expansion=EXPANSION, **given)
