@@ -56,6 +56,8 @@ def expand(
         raise ConfigError("an expansion has no step to compile; leave out --compile_only.")
     if jax.process_count() > 1:
         raise ConfigError("an expansion is the work of one process; start it on one host.")
+    if calibration_batches < 1:
+        raise ConfigError(f"expand.calibration_batches={calibration_batches} must be positive.")
     console = Console()
     given = None if manifest is None else Manifest.load(Path(manifest))
     if given is not None:
@@ -136,8 +138,6 @@ def _plan(
 
 def measure(directory: Path, config: ModelConfig, corpus: Corpus, batches: int, depth: int, console: Console) -> RoutingCounts:
     """Routing counts of the source in `directory` over the corpus's first batches, on the mesh in force."""
-    if batches < 1:
-        raise ConfigError(f"expand.calibration_batches={batches} must be positive.")
     tokenizer = corpus.load_tokenizer()
     data = corpus.batches(config, tokenizer, corpus.open_sources())
     model = load_model(directory, config)

@@ -111,6 +111,8 @@ def train(
     tokenizer = corpus.load_tokenizer()
     token_ids: dict[str, Any] = {**base.model_token_ids(tokenizer)}
     model = dataclasses.replace(model, **token_ids)
+    if weights is not None and (Path(weights) / "config.json").exists():
+        _check_same(model, ModelConfig.from_hf(weights), weights)
     sources = corpus.open_sources()
     with jax.set_mesh(devices):
         rows = local_rows(corpus.pipeline.batch_size)
@@ -207,16 +209,13 @@ def train(
 
 def _start_from(state: TrainState, directory: Path, model: ModelConfig, optimizer: Optimizer) -> TrainState:
     """The state with the weights of a directory in place of the random ones, which go first: there may be no room for both."""
-    released = (directory / "config.json").exists()
-    if released:
-        _check_same(model, ModelConfig.from_hf(directory), directory)
     for leaf in jax.tree.leaves((state.params, state.buffers)):
         leaf.delete()
-    if released:
+    if (directory / "config.json").exists():
         network = load_model(directory, model)
     else:
         network, _ = read_weights(directory, dtype=model.text.dtype, param_dtype=model.text.param_dtype)
-    _check_same(model, network.config, directory)
+        _check_same(model, network.config, directory)
     params, buffers = optimizer.split(network)
     return dataclasses.replace(state, params=params, buffers=buffers)
 
@@ -225,7 +224,7 @@ def _start_from(state: TrainState, directory: Path, model: ModelConfig, optimize
 _OF_THE_RUN = ("dtype", "param_dtype", "router", "initializer_range", "bos_token_id", "eos_token_id")
 
 
-def _check_same(model: ModelConfig, stored: ModelConfig, directory: Path) -> None:
+def _check_same(model: ModelConfig, stored: ModelConfig, directory: str | Path) -> None:
     differing = []
     for part in ("text", "vision", "time_series"):
         ours, theirs = ({} if x is None else dataclasses.asdict(x) for x in (getattr(model, part), getattr(stored, part)))
