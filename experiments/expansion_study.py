@@ -102,8 +102,9 @@ class _From:
 class _Study:
     def __init__(self, workdir: Path, model: ModelConfig, corpus: Corpus, optimizer: OptimizerConfig, console: Console):
         self.workdir, self.model, self.corpus, self.optimizer, self.console = workdir, model, corpus, optimizer, console
-        held_out = PackedExamples(corpus.held_out_examples(), model, corpus.pipeline)
-        self.held_out = list(itertools.islice(held_out.in_order(), corpus.evaluation_batches))
+        examples = list(itertools.chain.from_iterable(corpus.held_out_examples().values()))
+        held_out = PackedExamples(examples, model, corpus.pipeline)
+        self.held_out = [batch for batch, _ in itertools.islice(held_out.in_order(), corpus.evaluation_batches)]
         self.released = workdir / "released"
         self.compiled: dict[Any, Callable[..., Any]] = {}
 
