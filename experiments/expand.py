@@ -19,6 +19,7 @@ from interns1pro_jax.expansion.assignment import CALIBRATED, ExpansionConfig, as
 from interns1pro_jax.expansion.checkpoint import expand_checkpoint, fingerprint, moe_layers
 from interns1pro_jax.expansion.manifest import Calibration, Manifest
 from interns1pro_jax.expansion.routing_counts import RoutingCounts, count_routing
+from interns1pro_jax.ops.fope import text_frequencies
 from interns1pro_jax.sharding import MeshConfig
 from interns1pro_jax.train.feed import place_batch
 
@@ -82,7 +83,18 @@ def expand(
             max_file_bytes=max_file_bytes,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    text = grown.text
+    text, half = grown.text, grown.text.head_dim // 2
+    if config.text.fope is None and text.fope is not None:
+        kept = len(text_frequencies(text))
+        console.print(
+            f"FoPE keeps {kept} of {half} frequencies of the source's rotary encoding"
+            + (
+                f"; {half - kept} pairs no longer depend on the position (FopeConfig.num_inv_freq = {half} keeps all)"
+                if kept < half
+                else ""
+            ),
+            highlight=False,
+        )
     console.print(
         f"{workdir / GROWN}: {text.num_experts} experts in {text.router_n_groups} groups, {text.num_experts_per_tok} per token; method "
         f"{given.expansion.method}, manifest {given.fingerprint[:12]}",
