@@ -74,7 +74,7 @@ def test_a_runs_checkpoint_grows_trains_and_continues_and_its_manifest_repeats_i
 
     config = ModelConfig.from_hf(tmp_path / "grown" / GROWN)
     options: dict[str, Any] = dict(
-        model=config, mesh=MeshConfig(expert=4), corpus=corpus, optimizer=OptimizerConfig(), schedule=constant(1e-2), step=StepConfig(),
+        model=config, mesh=MeshConfig(), corpus=corpus, optimizer=OptimizerConfig(), schedule=constant(1e-2), step=StepConfig(),
         weights=str(tmp_path / "grown" / GROWN),
     )  # fmt: skip
     train(tmp_path / "trained", loop=LoopConfig(4), **options)
