@@ -30,13 +30,17 @@ Curve = Mapping[str, Any]
 
 
 def write(workdir: Path, seeds: Sequence[int], arms: Sequence[str]) -> None:
-    """`study.json`: every evaluation of every arm and seed; `study.csv`: means and standard deviations over seeds; `study.png`: curves."""
+    """`study.json`: every evaluation of every arm and seed; `study.csv`, `study.md`: means and deviations; `study.png`: curves."""
     runs = {arm: [curve(workdir / f"seed_{seed}" / arm) for seed in seeds] for arm in arms}
     base = curve(workdir / BASE)
     versions = {name: metadata.version(name) for name in _PACKAGES} | {"python": platform.python_version()}
     facts = {"date": datetime.now(UTC).date().isoformat(), "versions": versions, "seeds": list(seeds)}
     write_json(workdir / "study.json", facts | {"base": base, "arms": runs})
-    replace(workdir / "study.csv", table(runs).encode())
+    lines = table(runs)
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows(lines)
+    replace(workdir / "study.csv", out.getvalue().encode())
+    replace(workdir / "study.md", markdown(lines).encode())
     figure = draw(base, runs)
     figure.savefig(workdir / "study.png", dpi=110)
 
@@ -56,32 +60,43 @@ def _number(value: Any) -> float | None:
     return None if value is None or not np.isfinite(value) else value
 
 
-def table(runs: Mapping[str, Sequence[Curve]]) -> str:
-    """CSV with a line for each arm: mean and standard deviation over the seeds."""
-    out = io.StringIO()
-    columns = {
-        "separation": ("separation", 0),
-        "loss_right_after": ("loss", 0),
-        "loss_at_end": ("loss", -1),
-        "device_load_max_right_after": ("device_load_max", 0),
-        "device_load_max_at_end": ("device_load_max", -1),
-        "expert_load_max_at_end": ("expert_load_max", -1),
-        "unused_experts_right_after": ("unused_experts", 0),
-        "unused_experts_at_end": ("unused_experts", -1),
-        **{f"{name}_at_end": (name, -1) for name in ("weights_cosine", "router_cosine", "router_overlap", "output_difference")},
-    }
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["arm", *(f"{name}{kind}" for name in (*columns, "end_minus_unexpanded") for kind in ("", "_sd"))])
+# Column of the tables: quantity, and which evaluation of a run (the first is right after the expansion).
+_COLUMNS = {
+    "Top-1 and Top-2 apart": ("separation", 0),
+    "loss right after": ("loss", 0),
+    "loss at the end": ("loss", -1),
+    "fullest device, at the end": ("device_load_max", -1),
+    "experts without a token, right after": ("unused_experts", 0),
+    "at the end": ("unused_experts", -1),
+    "fullest expert of its group": ("expert_load_max", -1),
+    "copies: cosine of weights": ("weights_cosine", -1),
+    "of router rows": ("router_cosine", -1),
+    "shared tokens": ("router_overlap", -1),
+    "difference of outputs": ("output_difference", -1),
+}
+
+
+def table(runs: Mapping[str, Sequence[Curve]]) -> list[list[str]]:
+    """A header, and a line for each arm: mean and standard deviation over the seeds; "" where a quantity was not measured."""
+    lines = [["arm", *_COLUMNS, "loss at the end, less unexpanded"]]
     reference = np.array([run["loss"][-1] for run in runs[UNEXPANDED]])
     for arm, curves in runs.items():
-        cells: list[str] = []
-        values = [[run[name][at] if name in run else None for run in curves] for name, at in columns.values()]
+        values = [[run[name][at] if name in run else None for run in curves] for name, at in _COLUMNS.values()]
         values.append((np.array([run["loss"][-1] for run in curves]) - reference).tolist())
-        for of_seeds in values:
-            known = [value for value in of_seeds if value is not None]
-            cells += [f"{np.mean(known):.4f}", f"{np.std(known, ddof=1):.4f}" if len(known) > 1 else ""] if known else ["", ""]
-        writer.writerow([arm, *cells])
-    return out.getvalue()
+        lines.append([arm, *map(_cell, values)])
+    return lines
+
+
+def _cell(of_seeds: Sequence[float | None]) -> str:
+    known = [value for value in of_seeds if value is not None]
+    if not known:
+        return ""
+    return f"{np.mean(known):.4f}" + (f" ± {np.std(known, ddof=1):.4f}" if len(known) > 1 else "")
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    head, *body = (f"| {' | '.join(line)} |\n" for line in lines)
+    return head + "| --- |" + " ---: |" * (len(lines[0]) - 1) + "\n" + "".join(body)
 
 
 def draw(base: Curve, runs: Mapping[str, Sequence[Curve]]) -> Figure:

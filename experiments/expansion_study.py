@@ -63,7 +63,7 @@ def expansion_study(
     compile_only: bool = False,
 ) -> None:
     """Trains `model`, expands it by each of `arms`, trains each result and the unexpanded model on with the same data and schedule, and
-    writes `study.json`, `study.csv` and `study.png` to `workdir`, after each seed for those that are done.
+    writes what `expansion_report.write` says to `workdir`, after each seed for those that are done.
 
     A study that is interrupted goes on where it was. The expansion is what users run, from one checkpoint in the released layout to
     another.
