@@ -5,9 +5,11 @@
     python -m tools.convert Intern-S1-Pro weights --to orbax                # a checkpoint that `read_weights` reads
     python -m tools.convert Intern-S1-Pro-FP8 Intern-S1-Pro-BF16 --to hf --quantization none
 
-What is only read and written stays the same to the byte, FP8 scales included. A conversion that was interrupted goes on with the next
-file when it is started again. On several hosts every process runs the same command with --distributed; each reads and writes the bytes of
-its own devices. Exits with 1 where the checkpoint, the disk or the configuration is at fault.
+Every family of `interns1pro_jax/families.py` goes both ways. What is only read and written stays the same to the byte, FP8 scales
+included. No model is made: one host with a few times the largest tensor of memory converts any. A conversion that was interrupted goes on
+with the next file when it is started again. Into the released layout several processes may work together, on one or several hosts, with
+the same command and --distributed; each makes files of its own. Exits with 1 where the checkpoint, the disk or the configuration is at
+fault. `python -m tools.inspect_checkpoint out --verify` checks what was written by its checksums.
 """
 
 from __future__ import annotations
@@ -20,71 +22,89 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import absl.logging
 import jax
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from interns1pro_jax.checkpoint.errors import CheckpointError
-from interns1pro_jax.checkpoint.hf_export import MAX_FILE_BYTES, export_model, released_scheme
-from interns1pro_jax.checkpoint.hf_import import load_model
+from interns1pro_jax.checkpoint.hf_export import MAX_FILE_BYTES, released_scheme
 from interns1pro_jax.checkpoint.safetensors_io import open_checkpoint
-from interns1pro_jax.checkpoint.weights import read_weights, write_weights
-from interns1pro_jax.config import ConfigError
-from interns1pro_jax.sharding import make_mesh
+from interns1pro_jax.checkpoint.sources import HfSource, RunSource
+from interns1pro_jax.checkpoint.stream import write_hf, write_run
+from interns1pro_jax.config import ConfigError, ModelConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
     arguments = _parser().parse_args(argv)
+    jax.config.update("jax_platforms", "cpu")  # what else there is would only be kept from others
+    absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax's, of arrays that it does not write itself
     if arguments.distributed:
         jax.distributed.initialize()
+    started = time.monotonic()
     try:
-        started = time.monotonic()
-        with jax.set_mesh(make_mesh(fsdp=arguments.fsdp, expert=arguments.expert)):
-            _convert(arguments)
+        written = _convert(arguments)
     except (CheckpointError, ConfigError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"{arguments.destination}: done in {time.monotonic() - started:.0f} s; this process held {peak:.2f} GiB at its peak")
+    seconds = time.monotonic() - started
+    print(
+        f"{arguments.destination}: {written / 1e9:,.2f} GB in {seconds:.0f} s ({written / 1e9 / seconds:.2f} GB/s, checks and checksums "
+        f"included); this process held {peak:.2f} GiB at its peak"
+    )
     return 0
 
 
-def _convert(arguments: argparse.Namespace) -> None:
+def _convert(arguments: argparse.Namespace) -> int:
+    """Returns the bytes that this process has written."""
     source, destination = arguments.source, arguments.destination
     is_released = (source / "config.json").exists()
     to = arguments.to or ("orbax" if is_released else "hf")
     _check_effects(arguments, is_released, to)
+    step = 0
+    weights: HfSource | RunSource
     if is_released:
-        model, step = load_model(source, param_dtype=arguments.dtype), 0
+        weights = HfSource(open_checkpoint(source), ModelConfig.from_hf(source).with_dtypes(param_dtype=arguments.dtype))
     else:
-        model, step = read_weights(source, arguments.step, param_dtype=arguments.dtype)
+        weights = RunSource(source, arguments.step)
+        step = weights.step
+        if to == "hf" and (layers := weights.layers_together()) > 1:
+            print(f"{source} keeps up to {layers} layers together, so it is read up to {layers} times.")
     followed = arguments.like or (source if is_released else None)
     like = None if followed is None else open_checkpoint(followed)
-    config = model.config
+    config = weights.config
     match arguments.quantization:
         case "fp8":
             config = dataclasses.replace(config, quantization=released_scheme(config))
         case "none":
             config = dataclasses.replace(config, quantization=None)
-    identity = f"{source.absolute()} {step}"
-    if to == "orbax":
-        write_weights(destination, model, step, identity)
-        return
-    carry = arguments.carry or (source if is_released else None)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    written = 0
     with Progress(*columns, disable=jax.process_index() != 0) as bar:
-        task = bar.add_task(f"writing {destination}", total=None)
-        export_model(
-            model,
-            config,
-            destination,
-            dtype=arguments.dtype,
-            like=None if arguments.dtype else like,
-            carry=carry,
-            max_file_bytes=int(arguments.max_file_gb * 1e9),
-            identity=identity,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
+        tasks: dict[str, TaskID] = {}
+
+        def progress(what: str, done: int, total: int) -> None:
+            nonlocal written
+            written = max(written, done) if what == "writing" else written
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done, total=total)
+
+        if to == "orbax":
+            write_run(weights, destination, step, dtype=arguments.dtype, progress=progress)
+        else:
+            write_hf(
+                weights,
+                config,
+                destination,
+                dtype=arguments.dtype,
+                like=None if arguments.dtype else like,
+                carry=arguments.carry or (source if is_released else None),
+                max_file_bytes=int(arguments.max_file_gb * 1e9),
+                progress=progress,
+            )
+    return written
 
 
 def _check_effects(arguments: argparse.Namespace, is_released: bool, to: str) -> None:
@@ -94,8 +114,9 @@ def _check_effects(arguments: argparse.Namespace, is_released: bool, to: str) ->
         ("quantization", "checkpoints of runs are not quantised" if to == "orbax" else ""),
         ("like", "checkpoints of runs have one dtype" if to == "orbax" else "--dtype is given" if arguments.dtype else ""),
         ("carry", "checkpoints of runs hold weights only" if to == "orbax" else ""),
+        ("distributed", "one process writes a checkpoint of a run" if to == "orbax" else ""),
     ):
-        if reason and getattr(arguments, option) not in (None, "keep"):
+        if reason and getattr(arguments, option) not in (None, "keep", False):
             raise ConfigError(f"--{option} {getattr(arguments, option)} has no effect, because {reason}; drop it.")
 
 
@@ -110,8 +131,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--like", type=Path, help="keep this checkpoint's dtypes and, where exact, its FP8 scales; default the source")
     parser.add_argument("--carry", type=Path, help="take tokenizer, template and processor files from here; default the source")
     parser.add_argument("--max_file_gb", type=float, default=MAX_FILE_BYTES / 1e9, help="size of a file of weights")
-    parser.add_argument("--fsdp", type=int, default=1, help="devices over which weights are split")
-    parser.add_argument("--expert", type=int, default=1, help="devices over which expert groups are split")
     parser.add_argument("--distributed", action="store_true", help="one of several processes")
     return parser
 

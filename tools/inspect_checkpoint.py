@@ -4,8 +4,10 @@
     python -m tools.inspect_checkpoint runs/sft/checkpoints --step 500    # also how its arrays were split over devices
     python -m tools.inspect_checkpoint ours --against theirs              # tensors that are missing, misshapen or have other values
     python -m tools.inspect_checkpoint ours --sha256                      # checksums of the files
+    python -m tools.inspect_checkpoint ours --verify                      # whether the files are what tools.convert wrote
 
-Reads the released layout and the checkpoints of this project's runs. Exits with 1 if two checkpoints differ, 2 if one cannot be read.
+Reads the released layout and the checkpoints of this project's runs. Exits with 1 if two checkpoints differ or a file is not
+what was written, 2 if one cannot be read.
 """
 
 from __future__ import annotations
@@ -23,12 +25,14 @@ from typing import NamedTuple
 import numpy as np
 import orbax.checkpoint as ocp
 from rich.console import Console
-from rich.progress import track
+from rich.progress import DownloadColumn, Progress, track
 from rich.table import Table
 
+from interns1pro_jax.checkpoint import checksums
 from interns1pro_jax.checkpoint.errors import CheckpointError
 from interns1pro_jax.checkpoint.manager import failure_reason
 from interns1pro_jax.checkpoint.safetensors_io import Checkpoint, open_checkpoint
+from interns1pro_jax.checkpoint.sources import steps_in
 
 _SHOWN = 30  # differences
 _COMPARED = 1 << 22  # elements
@@ -53,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--step", type=int, help="of a run's checkpoints; default the newest")
     parser.add_argument("--against", type=Path, metavar="DIR", help="compare with this checkpoint in the released layout")
     parser.add_argument("--sha256", action="store_true", help="checksums of the files of weights")
+    parser.add_argument("--verify", action="store_true", help="compare the files with the checksums that were written beside them")
     arguments = parser.parse_args(argv)
     console = Console()
     if not console.is_terminal:
@@ -60,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.against is not None:
             return _compare(open_checkpoint(arguments.directory), open_checkpoint(arguments.against), console)
+        if arguments.verify:
+            return _verify(arguments.directory, arguments.step, console)
         _show(arguments.directory, arguments.step, console)
         if arguments.sha256:
             for path in sorted(arguments.directory.rglob("*.safetensors")):
@@ -69,6 +76,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _verify(directory: Path, step: int | None, console: Console) -> int:
+    """Prints the files that are missing or differ; 1 if there are any."""
+    if not (directory / "config.json").exists():
+        directory = _step_directory(directory, step)
+    with Progress(*Progress.get_default_columns(), DownloadColumn(), console=console, transient=True) as bar:
+        task = bar.add_task("checksums", total=None)
+        problems = checksums.differing(directory, lambda done, total: bar.update(task, completed=done, total=total))
+    console.print(f"{directory}: {f'{len(problems):,} files differ' if problems else 'all files are what was written'}")
+    for problem in problems[:_SHOWN]:
+        console.print(f"  {problem}")
+    return int(bool(problems))
 
 
 def _show(directory: Path, step: int | None, console: Console) -> None:
@@ -92,13 +112,8 @@ def _released(checkpoint: Checkpoint) -> dict[str, Entry]:
 
 
 def _run(directory: Path, step: int | None, console: Console) -> dict[str, Entry]:
-    directory = directory.absolute()
-    steps = sorted(int(path.name) for path in directory.glob("[0-9]*") if path.name.isdecimal())
-    step = steps[-1] if step is None and steps else step
-    if step not in steps:
-        raise CheckpointError(f"{directory} has no checkpoint{'' if step is None else f' of step {step}'}; it has {steps or 'none'}.")
-    where = directory / f"{step:08d}"
-    console.print(f"{where} (there are {steps})")
+    where = _step_directory(directory, step)
+    console.print(f"{where} (there are {steps_in(where.parent)})")
     try:
         identity = json.loads((where / "manifest" / "metadata").read_text())["identity"]
         metadata = ocp.PyTreeCheckpointHandler().metadata(ocp.path.step.epath.Path(where / "state"))  # type: ignore[attr-defined]
@@ -112,6 +127,15 @@ def _run(directory: Path, step: int | None, console: Console) -> dict[str, Entry
         split = "" if not spec else f"{list(spec)} over {None if mesh is None else np.asarray(mesh).tolist()}"
         found[name] = Entry(str(x.dtype), tuple(x.shape), split)
     return found
+
+
+def _step_directory(directory: Path, step: int | None) -> Path:
+    directory = directory.absolute()
+    steps = steps_in(directory)
+    step = steps[-1] if step is None and steps else step
+    if step not in steps:
+        raise CheckpointError(f"{directory} has no checkpoint{'' if step is None else f' of step {step}'}; it has {steps or 'none'}.")
+    return directory / f"{step:08d}"
 
 
 def _compare(ours: Checkpoint, theirs: Checkpoint, console: Console) -> int:

@@ -27,7 +27,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from interns1pro_jax.checkpoint.errors import CheckpointError
-from interns1pro_jax.checkpoint.hf_import import parameters_of, surplus_problems
+from interns1pro_jax.checkpoint.hf_import import SCALE_SUFFIX, parameters_of, surplus_problems
 from interns1pro_jax.checkpoint.hf_names import POSITION_ROWS, POSITION_TABLE, HfParameter, hf_parameters
 from interns1pro_jax.checkpoint.manager import check_writable
 from interns1pro_jax.checkpoint.safetensors_io import DTYPES, INDEX, Checkpoint
@@ -47,7 +47,6 @@ from interns1pro_jax.models.time_series import sinusoid_table
 from interns1pro_jax.ops.quantization import quantize_blocks
 
 MAX_FILE_BYTES = 5 * 10**9
-_SCALE_SUFFIX = "_scale_inv"
 _UNFINISHED = "export.json" + PARTIAL  # what an export is of, as long as it goes on
 _WRITERS = 4
 _MESSAGE_BYTES = 2048
@@ -95,22 +94,16 @@ def export_model(
     parameters = hf_parameters(config) if like is None else parameters_of(like, config)
     if sorted(state) != sorted(parameter.path for parameter in parameters):
         raise CheckpointError("the model was not made with this config; load or create it with the one that is exported.")
-    units = list(_units(parameters))
-    if like is not None:
-        _check_belongs(like, config, units)
-    elif untouched := FAMILIES[config.family].untouched:
-        raise CheckpointError(
-            f"models of the family {config.family} have tensors {untouched}* that are no model here; give a checkpoint to take them from "
-            "(`like`), or export the text as another family."
-        )
-    tensors = _tensor_specs(units, config, np.dtype(dtype or config.text.dtype), like)
+    units = list(units_of(parameters))
+    check_belongs(like, config, units)
+    tensors = tensor_specs(units, config, np.dtype(dtype or config.text.dtype), like)
     files = split_into_files(directory, tensors, max_file_bytes)
     _check_finite(state)
-    _first_alone(lambda: start_export(directory, files, identity))
+    first_alone(lambda: start_export(directory, files, identity))
     _Job(state, config, files, like, progress).run(units)
     if jax.process_index() == 0:
         finish_export(directory, files, config if dtype is None else config.with_dtypes(dtype), carry, like)
-    _everyone("export is done")
+    barrier("export is done")
 
 
 def _config_json(config: ModelConfig, like: Checkpoint | None) -> dict[str, Any]:
@@ -127,7 +120,7 @@ def _config_json(config: ModelConfig, like: Checkpoint | None) -> dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Unit:
+class Unit:
     """What is written together: a parameter, or one layer of it."""
 
     parameter: HfParameter
@@ -149,20 +142,20 @@ class _Unit:
         return any(letter == "E" for letter, _ in self.parameter.stack)
 
 
-def _units(parameters: Sequence[HfParameter]) -> Iterator[_Unit]:
+def units_of(parameters: Sequence[HfParameter]) -> Iterator[Unit]:
     """All parameters in the order in which they are stored: what has no layers first, then layer by layer."""
     runs: dict[Any, list[HfParameter]] = {}
     for parameter in parameters:
         if parameter.stack and parameter.stack[0][0] == "L":
             runs.setdefault((parameter.path.split(".")[0], parameter.stack[0][1]), []).append(parameter)
         else:
-            yield _Unit(parameter, None)
+            yield Unit(parameter, None)
     for (_, layers), members in runs.items():
         for layer in range(len(layers)):
-            yield from (_Unit(parameter, layer) for parameter in members)
+            yield from (Unit(parameter, layer) for parameter in members)
 
 
-def _tensor_specs(units: Sequence[_Unit], config: ModelConfig, dtype: np.dtype, like: Checkpoint | None) -> dict[str, TensorSpec]:
+def tensor_specs(units: Sequence[Unit], config: ModelConfig, dtype: np.dtype, like: Checkpoint | None) -> dict[str, TensorSpec]:
     specs: dict[str, TensorSpec] = {}
     for unit in units:
         shape = unit.parameter.layout.stored_shape
@@ -171,10 +164,10 @@ def _tensor_specs(units: Sequence[_Unit], config: ModelConfig, dtype: np.dtype, 
                 assert config.quantization is not None
                 specs[name] = TensorSpec(np.dtype(jnp.float8_e4m3fn), shape)
                 blocks = tuple(-(-size // step) for size, step in zip(shape, config.quantization.weight_block_size, strict=True))
-                specs[name + _SCALE_SUFFIX] = TensorSpec(_dtype_in(like, name + _SCALE_SUFFIX, np.dtype(np.float32)), blocks)
+                specs[name + SCALE_SUFFIX] = TensorSpec(_dtype_in(like, name + SCALE_SUFFIX, np.dtype(np.float32)), blocks)
             else:
                 specs[name] = TensorSpec(_dtype_in(like, name, dtype), shape)
-    return specs | {name: TensorSpec(values.dtype, values.shape) for name, values in _constants(config, specs, like)}
+    return specs | {name: TensorSpec(values.dtype, values.shape) for name, values in constants(config, specs, like)}
 
 
 def _dtype_in(like: Checkpoint | None, name: str, default: np.dtype) -> np.dtype:
@@ -183,10 +176,10 @@ def _dtype_in(like: Checkpoint | None, name: str, default: np.dtype) -> np.dtype
     return DTYPES[like[name].dtype]
 
 
-def _constants(config: ModelConfig, parameters: Mapping[str, Any], like: Checkpoint | None) -> Iterator[tuple[str, np.ndarray]]:
+def constants(config: ModelConfig, parameters: Mapping[str, Any], like: Checkpoint | None) -> Iterator[tuple[str, np.ndarray]]:
     """Tensors of the released layout that are no parameters here, because the architecture fixes their values."""
     if like is not None:
-        known = {*parameters, *(name + _SCALE_SUFFIX for name in parameters)}
+        known = {*parameters, *(name + SCALE_SUFFIX for name in parameters)}
         if config.text.tie_word_embeddings:
             known.add(FAMILIES[config.family].head + "weight")  # where it is stored, it repeats the embedding
         yield from ((name, like.read(name)) for name in like if name not in known)
@@ -194,10 +187,18 @@ def _constants(config: ModelConfig, parameters: Mapping[str, Any], like: Checkpo
         yield POSITION_TABLE, sinusoid_table(POSITION_ROWS, config.time_series.PATCH_WIDTH)[:, None]
 
 
-def _check_belongs(like: Checkpoint, config: ModelConfig, units: Sequence[_Unit]) -> None:
-    """What `like` has besides parameters is written as it is, so it must be what the model knows anyway."""
+def check_belongs(like: Checkpoint | None, config: ModelConfig, units: Sequence[Unit]) -> None:
+    """What `like` has besides parameters is written as it is, so it must be what the model knows anyway; and where models of the family
+    have more than ours, it must be given."""
+    if like is None:
+        if untouched := FAMILIES[config.family].untouched:
+            raise CheckpointError(
+                f"models of the family {config.family} have tensors {untouched}* that are no model here; give a checkpoint to take them "
+                "from (`like`), or export the text as another family."
+            )
+        return
     names = {name for unit in units for name in unit.names}
-    surplus = [name for name in like if name not in names and name.removesuffix(_SCALE_SUFFIX) not in names]
+    surplus = [name for name in like if name not in names and name.removesuffix(SCALE_SUFFIX) not in names]
     if problems := [problem for name in surplus for problem in surplus_problems(like, config, name)]:
         raise CheckpointError(
             f"{like.directory} is of another model ({'; '.join(problems[:4])}; {len(problems)} in all); follow a checkpoint of the same."
@@ -214,7 +215,7 @@ def is_quantized(name: str, quantization: Fp8Config | None) -> bool:
 
 def released_scheme(config: ModelConfig) -> Fp8Config:
     """The released FP8 scheme for this model: attention projections and experts, nothing else (spec section 7)."""
-    names = [name for unit in _units(hf_parameters(dataclasses.replace(config, time_series=None))) for name in unit.names]
+    names = [name for unit in units_of(hf_parameters(dataclasses.replace(config, time_series=None))) for name in unit.names]
     modules = {name.rpartition(".")[0] for name in names if not re.search(_QUANTIZED, name) or name.startswith("model.visual.")}
     return Fp8Config(modules_to_not_convert=tuple(sorted(modules)))
 
@@ -226,26 +227,34 @@ def _check_finite(state: Mapping[str, jax.Array]) -> None:
 
 
 def start_export(directory: Path, files: Sequence[OutputFile], identity: str) -> None:
-    """Checks that the directory is empty or holds the beginning of this export, and makes room for the rest.
+    """Checks the directory (see `check_destination`), and makes room for what is not there yet."""
+    check_destination(directory, files, identity)
+    for path in directory.glob(f"*.safetensors{PARTIAL}"):
+        path.unlink()
+    write_json(directory / _UNFINISHED, _plan(files, identity))
+    for file in files:
+        if not file.is_complete():
+            file.create()
+
+
+def _plan(files: Sequence[OutputFile], identity: str) -> dict[str, Any]:
+    return {"of": identity, "files": {file.path.name: file.size for file in files}}
+
+
+def check_destination(directory: Path, files: Sequence[OutputFile], identity: str) -> None:
+    """Checks that the directory is empty or holds the beginning of this export, and that there is room for the rest.
 
     Raises:
       CheckpointError: it holds something else, or there is too little space. Nothing has been written then.
     """
     check_writable(directory)
-    plan = {"of": identity, "files": {file.path.name: file.size for file in files}}
     marker = directory / _UNFINISHED
     if marker.exists():
-        if json.loads(marker.read_text()) != plan:
+        if json.loads(marker.read_text()) != _plan(files, identity):
             raise CheckpointError(f"{directory} holds an unfinished export of something else; finish that, or empty the directory.")
     elif there := [path.name for pattern in ("*.safetensors", "config.json", INDEX) for path in directory.glob(pattern)]:
         raise CheckpointError(f"{directory} holds {', '.join(sorted(there)[:4])} already; choose an empty directory.")
-    for path in directory.glob(f"*.safetensors{PARTIAL}"):
-        path.unlink()
     check_space(directory, files)
-    write_json(marker, plan)
-    for file in files:
-        if not file.is_complete():
-            file.create()
 
 
 def finish_export(
@@ -259,7 +268,7 @@ def finish_export(
     (directory / _UNFINISHED).unlink()
 
 
-def _first_alone(work: Callable[[], None]) -> None:
+def first_alone(work: Callable[[], None]) -> None:
     """Process 0 does it. Where that fails, all raise its error: the others would wait for it forever."""
     problem = ""
     if jax.process_index() == 0:
@@ -274,7 +283,7 @@ def _first_alone(work: Callable[[], None]) -> None:
         raise CheckpointError(problem)
 
 
-def _everyone(where: str) -> None:
+def barrier(where: str) -> None:
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(where)
 
@@ -297,8 +306,8 @@ class _Job:
         self.written, self.lock = 0, threading.Lock()
         self.functions: dict[str, Callable[..., Any]] = {}
 
-    def run(self, units: Sequence[_Unit]) -> None:
-        constants = dict(_constants(self.config, {name: None for unit in units for name in unit.names}, self.like))
+    def run(self, units: Sequence[Unit]) -> None:
+        fixed = dict(constants(self.config, {name: None for unit in units for name in unit.names}, self.like))
         ends = {file.path: i for i, unit in enumerate(units) for file in self._files(unit)}
         with ThreadPoolExecutor(_WRITERS) as pool:
             pending: list[Future] = []
@@ -309,21 +318,21 @@ class _Job:
                         if len(pending) > 2 * _WRITERS:
                             pending.pop(0).result()
                 if i + 1 == len(units) and jax.process_index() == 0:
-                    pending += [pool.submit(self._write, name, values) for name, values in constants.items()]
+                    pending += [pool.submit(self._write, name, values) for name, values in fixed.items()]
                 complete = [file for file in self.files if file.path not in self.done and ends.get(file.path, len(units) - 1) <= i]
                 if complete:
                     while pending:
                         pending.pop(0).result()
-                    _everyone(f"tensors of {complete[-1].path.name}")
+                    barrier(f"tensors of {complete[-1].path.name}")
                     for file in complete:
                         self.done.add(file.path)
                         if jax.process_index() == 0:
                             file.finish()
 
-    def _files(self, unit: _Unit) -> list[OutputFile]:
+    def _files(self, unit: Unit) -> list[OutputFile]:
         return list(
             {
-                file.path: file for name in unit.names for file in [self.file_of[name], self.file_of.get(name + _SCALE_SUFFIX)] if file
+                file.path: file for name in unit.names for file in [self.file_of[name], self.file_of.get(name + SCALE_SUFFIX)] if file
             }.values()
         )
 
@@ -336,13 +345,13 @@ class _Job:
             self.written += values.nbytes
             self.progress(self.written, self.total)
 
-    def _stored(self, unit: _Unit) -> Iterator[tuple[str, np.ndarray]]:
+    def _stored(self, unit: Unit) -> Iterator[tuple[str, np.ndarray]]:
         """Names and values of the tensors that this process writes."""
         parts, names = len(unit.parameter.names), unit.names
         layer = None if unit.layer is None else np.int32(unit.layer)
         results = self._function(unit)(self.state[unit.parameter.path], layer, self._scales(unit))
         for number, both in enumerate(results):
-            for suffix, array in zip(("", _SCALE_SUFFIX), both, strict=False):
+            for suffix, array in zip(("", SCALE_SUFFIX), both, strict=False):
                 for shard in array.addressable_shards:
                     if shard.replica_id == 0:
                         values = np.asarray(shard.data)
@@ -353,12 +362,12 @@ class _Job:
     def _is_in(self, like: Checkpoint, name: str) -> bool:
         return name in like and like[name].shape == self.file_of[name].tensors[name].shape
 
-    def _scales(self, unit: _Unit) -> list[jax.Array | None]:
+    def _scales(self, unit: Unit) -> list[jax.Array | None]:
         """Scales that `like` has for the unit's tensors, as they are split; one entry for each part along our last axis."""
         parts, names, like = len(unit.parameter.names), unit.names, self.like
         found: list[jax.Array | None] = []
         for number in range(parts):
-            mine = [name + _SCALE_SUFFIX for name in names[number::parts]]
+            mine = [name + SCALE_SUFFIX for name in names[number::parts]]
             if like is None or mine[0] not in self.file_of or not all(self._is_in(like, name) for name in mine):
                 found.append(None)
                 continue
@@ -374,7 +383,7 @@ class _Job:
             found.append(jax.make_array_from_callback(shape, sharding, read))
         return found
 
-    def _function(self, unit: _Unit) -> Callable[..., list[tuple[jax.Array, ...]]]:
+    def _function(self, unit: Unit) -> Callable[..., list[tuple[jax.Array, ...]]]:
         """The compiled way from a parameter to the stored tensors of one of its layers, experts in front, each with its scales if it has
         any; for each of the parts along our last axis."""
         if unit.parameter.path not in self.functions:
@@ -382,7 +391,7 @@ class _Job:
             inverse, width, split = layout.inverse(), layout.shape[-1], _whole_experts(unit)
             block = None if self.config.quantization is None else self.config.quantization.weight_block_size
             dtypes = [self.file_of[name].tensors[name].dtype for name in names]
-            scale_names = [name + _SCALE_SUFFIX for name in names]
+            scale_names = [name + SCALE_SUFFIX for name in names]
             scale_dtypes = [self.file_of[name].tensors[name].dtype if name in self.file_of else None for name in scale_names]
 
             def stored(array: jax.Array, layer: jax.Array | None, kept: list[jax.Array | None]) -> list[tuple[jax.Array, ...]]:
@@ -413,7 +422,7 @@ class _Job:
         return self.functions[unit.parameter.path]
 
 
-def _whole_experts(unit: _Unit) -> PartitionSpec:
+def _whole_experts(unit: Unit) -> PartitionSpec:
     """How a unit is split where whole tensors are written: experts over as many devices as divide them, anything else on all."""
     if not unit.has_experts:
         return PartitionSpec()

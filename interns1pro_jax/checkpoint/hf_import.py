@@ -34,7 +34,7 @@ from interns1pro_jax.ops.quantization import WEIGHT_BLOCK, dequantize_box
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _FP8 = "F8_E4M3"
 _SCALES = ("F32", "BF16", "F8_E8M0")
-_SCALE_SUFFIX = "_scale_inv"
+SCALE_SUFFIX = "_scale_inv"
 _SHOWN = 20  # problems spelled out in one error
 _LEAST_PIECE = 2**24  # smaller pieces gain nothing
 _COLUMNS = 32  # a transposed copy in strips of this width stays in the processor's cache
@@ -88,7 +88,7 @@ def load_into(state: Any, checkpoint: Checkpoint, config: ModelConfig, *, host_b
 
         def load(path: tuple[Any, ...], variable: nnx.Variable) -> nnx.Variable:
             like = variable.get_value()
-            reader = _Reader(checkpoint, parameters[_dotted(path)], np.dtype(like.dtype), block, pool)
+            reader = ParameterReader(checkpoint, parameters[_dotted(path)], np.dtype(like.dtype), block, pool)
             return variable.replace(_assemble(reader, NamedSharding(mesh, like.sharding.spec), host_bytes))
 
         return nnx.map_state(load, state)
@@ -103,7 +103,7 @@ def _dotted(path: Sequence[Any]) -> str:
     return ".".join(map(str, path))
 
 
-def _assemble(reader: _Reader, sharding: NamedSharding, host_bytes: int) -> jax.Array:
+def _assemble(reader: ParameterReader, sharding: NamedSharding, host_bytes: int) -> jax.Array:
     """The sharded array of one parameter; equal shards (replicas) are read once."""
     shape = reader.parameter.shape
     holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
@@ -117,7 +117,7 @@ def _assemble(reader: _Reader, sharding: NamedSharding, host_bytes: int) -> jax.
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
 
-def _put(box: Sequence[slice], devices: Sequence[jax.Device], reader: _Reader, host_bytes: int) -> dict[jax.Device, jax.Array]:
+def _put(box: Sequence[slice], devices: Sequence[jax.Device], reader: ParameterReader, host_bytes: int) -> dict[jax.Device, jax.Array]:
     """The part `box` of a parameter on each of `devices`, in one piece or written there piece by piece."""
     shape = tuple(part.stop - part.start for part in box)
     if math.prod(shape) * reader.dtype.itemsize <= host_bytes:
@@ -156,7 +156,7 @@ def pieces(box: Sequence[slice], itemsize: int, limit: int) -> Iterator[tuple[sl
 
 
 @dataclasses.dataclass(frozen=True)
-class _Reader:
+class ParameterReader:
     """Reads parts of one parameter from the checkpoint, converted to `dtype`."""
 
     checkpoint: Checkpoint
@@ -193,7 +193,7 @@ class _Reader:
             return values
         rows, columns = index[-2:]
         blocks = tuple(slice(part.start // step, -(-part.stop // step)) for part, step in zip((rows, columns), self.block, strict=True))
-        scale_name = name + _SCALE_SUFFIX
+        scale_name = name + SCALE_SUFFIX
         scale = self.checkpoint.read(scale_name, (*index[:-2], *blocks)).astype(np.float32)
         if not (np.isfinite(scale).all() and (scale >= 0).all()):
             raise CheckpointError(
@@ -210,7 +210,7 @@ def check_fit(checkpoint: Checkpoint, config: ModelConfig, parameters: Sequence[
       CheckpointError: names every missing, surplus or misshapen tensor, wrong dtype, and missing or misshapen scale.
     """
     shapes = {name: parameter.layout.stored_shape for parameter in parameters for _, _, name in parameter.tensors()}
-    scales = {name + _SCALE_SUFFIX for name in shapes if name in checkpoint and checkpoint[name].dtype == _FP8}
+    scales = {name + SCALE_SUFFIX for name in shapes if name in checkpoint and checkpoint[name].dtype == _FP8}
     missing = [name for name in shapes if name not in checkpoint]
     surplus = [name for name in checkpoint if name not in shapes and name not in scales]
     problems: list[str] = []
@@ -251,7 +251,7 @@ def _tensor_problems(checkpoint: Checkpoint, config: ModelConfig, name: str, sha
 
 def _scale_problems(checkpoint: Checkpoint, config: ModelConfig, name: str) -> Iterator[str]:
     """What is wrong with the scales of an FP8 tensor [..., R, C]: they are [..., ceil(R / rows), ceil(C / columns)]."""
-    scale, shape = name + _SCALE_SUFFIX, checkpoint[name].shape
+    scale, shape = name + SCALE_SUFFIX, checkpoint[name].shape
     if config.quantization is None:
         yield f"{name} is stored as {_FP8}, but the config has no quantization_config"
     elif len(shape) < 2:

@@ -162,7 +162,7 @@ def test_what_fails_on_the_first_process_fails_on_all(monkeypatch):
     for process in range(2):
         monkeypatch.setattr(hf_export.jax, "process_index", lambda process=process: process)
         with pytest.raises(CheckpointError, match=r"^no space in é$"):
-            hf_export._first_alone(fail)
+            hf_export.first_alone(fail)
     assert sent[0].shape == sent[1].shape and not sent[1].any()
 
 
@@ -192,7 +192,7 @@ def test_weights_of_a_run_on_another_mesh(reference, tmp_path):
 
 def test_the_commands(reference, tmp_path, capsys):
     source = reference / "tiny_fp8"
-    assert convert.main([str(source), str(tmp_path / "run"), "--fsdp", "2"]) == 0
+    assert convert.main([str(source), str(tmp_path / "run")]) == 0
     assert convert.main([str(tmp_path / "run"), str(tmp_path / "out"), "--like", str(source), "--carry", str(source)]) == 0
     assert inspect_checkpoint.main([str(tmp_path / "out"), "--against", str(source)]) == 0
     assert "100 tensors are equal to the byte, 0 differences" in capsys.readouterr().out

@@ -132,7 +132,7 @@ def test_fp8_shards_that_cut_blocks_equal_the_whole(reference):
 
 def test_a_device_is_filled_in_small_pieces_and_every_byte_is_read_once(reference, monkeypatch):
     held, read = [], []
-    whole, slices = hf_import._Reader.read, Checkpoint.read
+    whole, slices = hf_import.ParameterReader.read, Checkpoint.read
 
     def count_pieces(self, box):
         held.append((result := whole(self, box)).nbytes)
@@ -145,7 +145,7 @@ def test_a_device_is_filled_in_small_pieces_and_every_byte_is_read_once(referenc
     config, checkpoint = ModelConfig.from_hf(reference / "tiny_bf16"), open_checkpoint(reference / "tiny_bf16")
     with jax.set_mesh(make_mesh(expert=2)):
         expected = weights(load_model(reference / "tiny_bf16"))
-        monkeypatch.setattr(hf_import._Reader, "read", count_pieces)
+        monkeypatch.setattr(hf_import.ParameterReader, "read", count_pieces)
         monkeypatch.setattr(Checkpoint, "read", count_reads)
         graph, state = nnx.split(nnx.eval_shape(lambda: InternS1Pro(config, rngs=nnx.Rngs(0))))
         loaded = weights(nnx.merge(graph, load_into(state, checkpoint, config, host_bytes=80_000)))
@@ -345,6 +345,6 @@ def test_the_released_sizes_are_checked_and_sliced_without_memory(reference, tmp
     hf_import.check_fit(checkpoint, config, hf_parameters(config))
     (wi,) = (parameter for parameter in hf_parameters(config) if parameter.path == "text.runs.0.moe.wi_EDF")
     with ThreadPoolExecutor(2) as pool:
-        reader = hf_import._Reader(checkpoint, wi, np.dtype(ml_dtypes.bfloat16), (128, 128), pool)
+        reader = hf_import.ParameterReader(checkpoint, wi, np.dtype(ml_dtypes.bfloat16), (128, 128), pool)
         part = reader.read([slice(5, 6), slice(448, 450), slice(64, 128), slice(0, 3072)])
     assert part.shape == (1, 2, 64, 3072) and not part.any()

@@ -1,0 +1,163 @@
+"""Conversions without a model: the same bytes as with one, a few boxes at a time, complete or absent."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from interns1pro_jax.checkpoint import checksums, stream
+from interns1pro_jax.checkpoint.errors import CheckpointError
+from interns1pro_jax.checkpoint.hf_import import load_model
+from interns1pro_jax.checkpoint.safetensors_io import open_checkpoint
+from interns1pro_jax.checkpoint.sources import HfSource, RunSource
+from interns1pro_jax.checkpoint.stream import write_hf, write_run
+from interns1pro_jax.checkpoint.weights import read_weights, write_weights
+from interns1pro_jax.config import ModelConfig
+from interns1pro_jax.sharding import make_mesh
+from tools import inspect_checkpoint
+
+SMALL = "variant_plain_rope_2per_group"
+
+
+def source_of(directory, **dtypes):
+    return HfSource(open_checkpoint(directory), ModelConfig.from_hf(directory).with_dtypes(**dtypes))
+
+
+def weights(model):
+    return {path: np.asarray(v.get_value()).tobytes() for path, v in nnx.to_flat_state(nnx.state(model))}
+
+
+def content(directory):
+    return {path.relative_to(directory): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def small_boxes(monkeypatch, size=4096):
+    """Boxes so small that all rules for cutting apply; returns the sizes of what was read."""
+    read, sizes = HfSource.read, []
+
+    def note(self, parameter, box):
+        sizes.append((result := read(self, parameter, box)).nbytes)
+        return result
+
+    monkeypatch.setattr(stream, "_BOX", size)
+    monkeypatch.setattr(HfSource, "read", note)
+    return sizes
+
+
+@pytest.mark.parametrize("name", [SMALL, "tiny_fp8"])
+def test_a_run_s_checkpoint_holds_what_the_model_would(reference, tmp_path, monkeypatch, name):
+    sizes = small_boxes(monkeypatch)
+    write_run(source_of(reference / name), tmp_path / "run", 7)
+    matrix = max(np.prod(p.shape[len(p.stack) :]) * 4 for p in stream.hf_parameters(ModelConfig.from_hf(reference / name)) if p.stack)
+    assert max(sizes) <= 4 * matrix  # of what is in one tensor no more than a box is read at once
+    with jax.set_mesh(make_mesh(fsdp=2)):
+        again, step = read_weights(tmp_path / "run")
+        assert step == 7 and weights(again) == weights(load_model(reference / name))
+    assert inspect_checkpoint.main([str(tmp_path / "run"), "--verify"]) == 0
+
+
+def test_a_sharded_run_s_checkpoint_becomes_the_released_layout(reference, tmp_path, monkeypatch):
+    with jax.set_mesh(make_mesh(fsdp=2, expert=2)):
+        write_weights(tmp_path / "run", load_model(reference / SMALL), 3)
+    monkeypatch.setattr(stream, "_BOX", 4096)
+    source = RunSource(tmp_path / "run")
+    write_hf(source, source.config, tmp_path / "out", max_file_bytes=20_000)
+    assert checksums.differing(tmp_path / "out") == []
+    ours, theirs = open_checkpoint(tmp_path / "out"), open_checkpoint(reference / SMALL)
+    assert {name: ours.read(name).tobytes() for name in ours} == {name: theirs.read(name).tobytes() for name in theirs}
+    assert ModelConfig.from_hf(tmp_path / "out") == ModelConfig.from_hf(reference / SMALL)
+
+
+def test_fp8_is_the_released_scheme(reference, tmp_path, mesh):
+    model = load_model(reference / "tiny_fp8")
+    write_hf(source_of(reference / "tiny_fp8"), model.config, tmp_path)
+    assert weights(load_model(tmp_path)) == weights(model)  # what FP8 can hold, it holds exactly
+    stored = open_checkpoint(tmp_path)
+    scales = [stored.read(name) for name in stored if name.endswith("_scale_inv")]
+    assert scales and all((np.frexp(scale)[0] == 0.5).all() for scale in scales)
+
+
+def test_an_interrupted_conversion_goes_on(reference, tmp_path):
+    source = source_of(reference / SMALL)
+
+    class Killed(Exception):
+        pass
+
+    first = []
+
+    def kill(what, done, total):
+        first.append(total)
+        if what == "writing" and done > total / 2:
+            raise Killed
+
+    for write, target in (
+        (lambda path, **options: write_run(source, path, **options), "run"),
+        (lambda path, **options: write_hf(source, source.config, path, max_file_bytes=20_000, **options), "hf"),
+    ):
+        with pytest.raises(Killed):
+            write(tmp_path / target, progress=kill)
+        files = [path for path in (tmp_path / target).rglob("*") if path.is_file() and "partial" not in path.name]
+        complete = {path: path.stat().st_mtime_ns for path in files if path.name not in ("convert.json", "_METADATA", "metadata")}
+        assert complete and not list((tmp_path / target).glob("0*[0-9]")) and not (tmp_path / target / "config.json").exists()
+        started = []
+        write(tmp_path / target, progress=lambda what, done, total, started=started: started.append((what, total)))
+        write(tmp_path / f"{target}_whole")
+        assert content(tmp_path / target) == content(tmp_path / f"{target}_whole")
+        assert max(total for what, total in started if what == "writing") < first[-1]
+        times = {path: path.stat().st_mtime_ns for path in (tmp_path / target).rglob("*") if path.is_file()}
+        kept = [path for path in complete if times.get(tmp_path / target / path.relative_to(tmp_path / target)) == complete[path]]
+        assert target == "run" or kept
+
+
+def test_another_source_does_not_go_on(reference, tmp_path):
+    def kill(what, done, total):
+        if what == "writing":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_run(source_of(reference / SMALL), tmp_path, progress=kill)
+    with pytest.raises(CheckpointError, match=r"00000000\.partial is an unfinished conversion of something else"):
+        write_run(source_of(reference / "variant_shared_coef_topk"), tmp_path)
+
+
+def test_bad_input_is_named_and_nothing_is_written(reference, tmp_path, monkeypatch, write_safetensors):
+    checkpoint = open_checkpoint(reference / SMALL)
+    tensors = {name: checkpoint.read(name) for name in checkpoint}
+    name = "model.language_model.layers.1.mlp.experts.2.down_proj.weight"
+    tensors[name] = tensors[name].copy()
+    tensors[name].flat[5] = np.nan
+    (tmp_path / "nan").mkdir()
+    write_safetensors(tmp_path / "nan" / "model.safetensors", tensors)
+    shutil.copy(reference / SMALL / "config.json", tmp_path / "nan")
+    bad, good = source_of(tmp_path / "nan"), source_of(reference / SMALL)
+    monkeypatch.setattr(stream, "_BOX", 512)  # an expert at a time
+    for source, message in ((bad, f"NaN or infinite in {name}"), (good, r"no space .* needs [\d,]+ more bytes and 1 are free")):
+        if source is good:
+            monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
+        with pytest.raises(CheckpointError, match=message):
+            write_run(source, tmp_path / "run")
+        with pytest.raises(CheckpointError, match=message):
+            write_hf(source, source.config, tmp_path / "hf")
+    assert not list((tmp_path / "run").iterdir()) and not list((tmp_path / "hf").iterdir())
+
+
+def test_damage_after_writing_is_found(reference, tmp_path, capsys):
+    write_run(source_of(reference / SMALL), tmp_path / "run")
+    chunk = next((tmp_path / "run" / "00000000" / "state" / "params" / "text" / "embed_VD").glob("[0-9]*"))
+    values = bytearray(chunk.read_bytes())
+    values[10] ^= 1
+    chunk.write_bytes(values)
+    assert inspect_checkpoint.main([str(tmp_path / "run"), "--verify"]) == 1
+    assert "embed_VD/0.0 has other contents" in capsys.readouterr().out
+    chunk.unlink()
+    assert inspect_checkpoint.main([str(tmp_path / "run"), "--verify"]) == 1
+    assert "embed_VD/0.0 is missing" in capsys.readouterr().out
+    (tmp_path / "run" / "00000000" / checksums.FILE).write_text("x")
+    assert inspect_checkpoint.main([str(tmp_path / "run"), "--verify"]) == 2
+    (tmp_path / "run" / "00000000" / "state" / "_METADATA").write_text("{")
+    with pytest.raises(CheckpointError, match=r"00000000 cannot be read \(.+\); give another step \(here: \[0\]\)"):
+        RunSource(tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "00000000" / "manifest" / "metadata").read_text())["extras"]["origin"]
