@@ -3,6 +3,7 @@
 Where things are, and the question each place answers:
 
     config            the sizes of a model; the released config.json in and out; glossary of dimension letters
+    families          which released models there are, and how their files name things
     sharding          mesh axes, the one table that maps dimensions to them, `make_mesh`
     ops/              pure functions
       attention         scaled dot products with segments and a cache
@@ -17,7 +18,7 @@ Where things are, and the question each place answers:
       moe               `expert_parallel_mlp`: the all-gather of tokens, the products, the reduce-scatter
       attention         projections, q/k norm, rotary, key/value cache
       decoder           the block; `run_blocks` scans a stack of them
-    models/           text, vision, time_series, and interns1pro, which joins them; `inputs` is what they read
+    models/           text, vision, internvit, time_series, and interns1pro, which joins them; `inputs` is what they read
     tokenizer/, data/ text to ids; documents to packed batches that are a function of their number
     checkpoint/       hf_import reads the released layout into sharded arrays; manager saves and restores training
     optim/, train/    optimizer and schedule; the step, the loop around it, the report

@@ -1,4 +1,4 @@
-"""Images at native resolution: sizes in whole merge blocks, patches in merge order (spec 5.1)."""
+"""Images as patches in merge order: at native resolution, in whole merge blocks (spec 5.1), or for InternViT cut into tiles."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from interns1pro_jax.models.vision_inputs import VisionItem
-from interns1pro_jax.tower_config import AnyVision
+from interns1pro_jax.tower_config import AnyVision, InternVitConfig
 
 MAX_ASPECT = 200
 
@@ -62,9 +62,34 @@ def to_rgb(image: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
 
 
 def grid_of(height: int, width: int, config: AnyVision, bounds: PixelBounds) -> tuple[int, int, int]:
-    """Patches (frames, rows, columns) that an image of this size becomes; see `image_item`."""
+    """Patches (frames, rows, columns) that an image of this size becomes; see `image_item`. Tiles are frames; `bounds` are no matter to
+    them."""
+    if isinstance(config, InternVitConfig):
+        rows, columns = tiles_of(height, width, config)
+        return rows * columns + (rows * columns > 1), config.tile_side, config.tile_side
     height, width = smart_resize(height, width, config.patch_size * config.spatial_merge_size, bounds)
     return 1, height // config.patch_size, width // config.patch_size
+
+
+def tiles_of(height: int, width: int, config: InternVitConfig) -> tuple[int, int]:
+    """Rows and columns of tiles that an image of this size is cut into: of all with `min_tiles` to `max_tiles` tiles those whose aspect is
+    nearest to the image's, and of equal ones the largest that is less than twice the image's area (after the transformers library's
+    `get_optimal_tiled_canvas`).
+
+    Raises:
+      ValueError: an empty image.
+    """
+    if min(height, width) < 1:
+        raise ValueError(f"an image of {height} x {width} pixels is empty.")
+    counts = range(1, config.max_tiles + 1)
+    arrangements = [(c, r) for c in counts for r in counts if config.min_tiles <= c * r <= config.max_tiles]
+    best, nearest = (1, 1), math.inf
+    for columns, rows in sorted(arrangements, key=math.prod):
+        distance = abs(width / height - columns / rows)
+        small = 2 * height * width <= config.image_size**2 * columns * rows
+        if distance < nearest or (distance == nearest and not small):
+            best, nearest = (columns, rows), distance
+    return best[1], best[0]
 
 
 def image_item(pixels: UInt8[np.ndarray, "height width 3"], config: AnyVision, bounds: PixelBounds) -> VisionItem:
@@ -78,10 +103,23 @@ def image_item(pixels: UInt8[np.ndarray, "height width 3"], config: AnyVision, b
 
 def item_of_grid(pixels: UInt8[np.ndarray, "height width 3"], grid: tuple[int, int, int], config: AnyVision) -> VisionItem:
     """As `image_item`, of a grid that was chosen before."""
+    if isinstance(config, InternVitConfig):
+        return VisionItem(_tile_patches(pixels, config), grid)
     height, width = (count * config.patch_size for count in grid[1:])
     if (height, width) != pixels.shape[:2]:
         pixels = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
     return VisionItem(patches_of(pixels, config), grid)
+
+
+def _tile_patches(pixels: UInt8[np.ndarray, "height width 3"], config: InternVitConfig) -> Float[np.ndarray, "patches patch_dim"]:
+    """Patches of an image's tiles, row after row of tiles, and where there are several, of the whole image as one more tile."""
+    rows, columns = tiles_of(pixels.shape[0], pixels.shape[1], config)
+    side, image = config.image_size, Image.fromarray(pixels)
+    whole = np.asarray(image.resize((columns * side, rows * side), Image.Resampling.BICUBIC))
+    tiles = whole.reshape(rows, side, columns, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)
+    if len(tiles) > 1:
+        tiles = np.concatenate([tiles, np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))[None]])
+    return patches_of_frames(tiles, config)
 
 
 def patches_of(pixels: UInt8[np.ndarray, "height width 3"], config: AnyVision) -> Float[np.ndarray, "patches patch_dim"]:
@@ -98,4 +136,7 @@ def patches_of_frames(pixels: UInt8[np.ndarray, "frames height width 3"], config
     x = pixels.reshape(frames // depth, depth, rows, merge, side, columns, merge, side, channels)
     # temporal patch, row, column, row and column in the block, channel, frame, y, x
     x = x.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(-1, config.patch_dim)
+    if isinstance(config, InternVitConfig):
+        mean, std = (np.repeat(np.asarray(v, np.float32), side**2) for v in (config.image_mean, config.image_std))
+        return (x.astype(np.float32) / np.float32(255) - mean) / std
     return (x.astype(np.float32) - np.float32(127.5)) / np.float32(127.5)

@@ -7,7 +7,9 @@ import pytest
 from PIL import Image
 
 from interns1pro_jax.config import VisionConfig
-from interns1pro_jax.data.image_processing import PixelBounds, grid_of, image_item, patches_of, smart_resize, to_rgb
+from interns1pro_jax.data.image_processing import PixelBounds, grid_of, image_item, patches_of, smart_resize, tiles_of, to_rgb
+from interns1pro_jax.models.vision_inputs import VisionItem, pack_vision
+from interns1pro_jax.tower_config import InternVitConfig
 
 CONFIG = VisionConfig()
 
@@ -79,3 +81,23 @@ def test_grey_and_alpha_become_rgb():
     assert grey.shape == (2, 3, 3) and (grey == 9).all()
     rgba = np.dstack([np.full((2, 3), value, np.uint8) for value in (1, 2, 3, 0)])
     assert (to_rgb(Image.fromarray(rgba)) == [1, 2, 3]).all()
+
+
+def test_tiles_of_an_image_and_the_whole():
+    config = InternVitConfig(depth=1, hidden_size=8, num_heads=1, intermediate_size=8, image_size=28, patch_size=7, max_tiles=6)
+    # (height, width): aspects of 3, 2/3 and 1, the last of which is small enough for one tile or large enough for four
+    sizes = {(10, 30): (1, 3), (90, 60): (3, 2), (28, 28): (1, 1), (60, 60): (2, 2), (20, 23): (1, 1)}
+    assert {size: tiles_of(*size, config) for size in sizes} == sizes
+    pixels = np.random.default_rng(0).integers(0, 256, (56, 84, 3)).astype(np.uint8)
+    item = image_item(pixels, config, PixelBounds())
+    assert item.grid == (7, 4, 4) == grid_of(56, 84, config, PixelBounds()) and item.patches.shape == (7 * 16, 3 * 49)
+    tiles = item.patches.reshape(7, 2, 2, 2, 2, 3, 7, 7).transpose(0, 1, 3, 6, 2, 4, 7, 5).reshape(7, 28, 28, 3)
+    grey = np.rint((tiles * config.image_std + config.image_mean) * 255).astype(np.uint8)
+    for number in range(6):
+        row, column = 28 * (number // 3), 28 * (number % 3)
+        np.testing.assert_array_equal(grey[number], pixels[row : row + 28, column : column + 28])
+    np.testing.assert_array_equal(grey[6], np.asarray(Image.fromarray(pixels).resize((28, 28), Image.Resampling.BICUBIC)))
+    packed = pack_vision([[item]], config)
+    assert packed.frame_ids.shape == (1, 8 * 16) and packed.frame_ids.max() == 7
+    with pytest.raises(ValueError, match="those of a tile; cut the image into tiles of 28 x 28 pixels"):
+        pack_vision([[VisionItem(item.patches[:32], (1, 4, 8))]], config)
