@@ -69,8 +69,8 @@ def _convert(arguments: argparse.Namespace) -> int:
     else:
         weights = RunSource(source, arguments.step)
         step = weights.step
-        if to == "hf" and (layers := weights.layers_together()) > 1:
-            print(f"{source} keeps up to {layers} layers together, so it is read up to {layers} times.")
+        if to == "hf" and (times := weights.times_read()) >= 2:
+            print(f"{source} keeps several layers together, so all of it is read about {times:.0f} times for each pass.")
     followed = arguments.like or (source if is_released else None)
     like = None if followed is None else open_checkpoint(followed)
     config = weights.config

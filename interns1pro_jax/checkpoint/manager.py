@@ -25,6 +25,7 @@ import orbax.checkpoint as ocp
 from interns1pro_jax.checkpoint.errors import CheckpointError
 
 _TEMPORARY, _DELETED = "*.orbax-checkpoint-tmp", "deleted"
+_CHUNK = 2**26  # bytes
 STATE, MANIFEST = "state", "manifest"
 _LISTED = 8  # names shown in an error
 _OVERHEAD = 16_384  # bytes of metadata and blocks on disk for an array, at most
@@ -110,7 +111,8 @@ class CheckpointManager:
         if jax.process_index() == 0:
             self._sweep()
             self._check_space(step, sum(x.nbytes + _OVERHEAD for x in arrays.values()))
-        items = ocp.args.Composite(**{STATE: ocp.args.PyTreeSave(arrays), MANIFEST: ocp.args.JsonSave(manifest)})
+        state_args = ocp.args.PyTreeSave(arrays, save_args={name: _chunked(x) for name, x in arrays.items()})
+        items = ocp.args.Composite(**{STATE: state_args, MANIFEST: ocp.args.JsonSave(manifest)})
         try:
             self._orbax.save(step, args=items, force=True)
         except Exception as error:
@@ -255,6 +257,11 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     """Leaves by the names of their places; the array inside an NNX variable has the variable's name."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value"): leaf for path, leaf in leaves}
+
+
+def _chunked(x: Any) -> ocp.SaveArgs:
+    """Shards larger than a chunk are stored layer by layer, so that a layer can be read without the rest of its stack."""
+    return ocp.SaveArgs(chunk_byte_size=_CHUNK, shard_axes=(0,)) if x.nbytes > _CHUNK else ocp.SaveArgs()
 
 
 def _describe(arrays: Mapping[str, Any]) -> dict[str, str]:

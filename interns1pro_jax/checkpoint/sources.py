@@ -7,6 +7,7 @@ for, and the chunks of storage that it lies in. `HfSource` reads the released la
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -104,9 +105,14 @@ class RunSource:
     def experts_together(self, parameter: HfParameter) -> int:
         return int(self._chunk(parameter)[len(parameter.stack) - 1])
 
-    def layers_together(self) -> int:
-        """How many layers are stored together, at most: a conversion, which goes layer by layer, reads them that often."""
-        return max(int(self._chunk(parameter)[0]) for parameter in hf_parameters(self.config) if parameter.stack)
+    def times_read(self) -> float:
+        """How often a conversion, which goes layer by layer, reads the checkpoint: chunks that hold several layers are read for each."""
+        read = stored = 0
+        for parameter in hf_parameters(self.config):
+            size = math.prod(parameter.shape)
+            stored += size
+            read += size * (int(self._chunk(parameter)[0]) if parameter.stack else 1)
+        return read / stored
 
     def _chunk(self, parameter: HfParameter) -> Sequence[int]:
         store = self._stores[parameter.path]

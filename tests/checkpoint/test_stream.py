@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from interns1pro_jax.checkpoint import checksums, stream
+from interns1pro_jax.checkpoint import checksums, manager, stream
 from interns1pro_jax.checkpoint.errors import CheckpointError
 from interns1pro_jax.checkpoint.hf_import import load_model
 from interns1pro_jax.checkpoint.safetensors_io import open_checkpoint
@@ -60,10 +60,13 @@ def test_a_run_s_checkpoint_holds_what_the_model_would(reference, tmp_path, monk
 
 
 def test_a_sharded_run_s_checkpoint_becomes_the_released_layout(reference, tmp_path, monkeypatch):
+    monkeypatch.setattr(manager, "_CHUNK", 1024)
     with jax.set_mesh(make_mesh(fsdp=2, expert=2)):
         write_weights(tmp_path / "run", load_model(reference / SMALL), 3)
     monkeypatch.setattr(stream, "_BOX", 4096)
     source = RunSource(tmp_path / "run")
+    (experts,) = (p for p in stream.hf_parameters(source.config) if p.path.endswith("wi_EDF"))
+    assert source._chunk(experts)[0] == 1 < experts.shape[0] and source.times_read() < 2
     write_hf(source, source.config, tmp_path / "out", max_file_bytes=20_000)
     assert checksums.differing(tmp_path / "out") == []
     ours, theirs = open_checkpoint(tmp_path / "out"), open_checkpoint(reference / SMALL)
