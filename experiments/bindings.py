@@ -70,12 +70,17 @@ def _as_function(target: Callable[..., Any]) -> Callable[..., Any]:
     return build
 
 
+# openxla.org/xla/determinism: no operations of random order, no kernels chosen by the clock.
+_DETERMINISTIC = ("--xla_gpu_exclude_nondeterministic_ops=true", "--xla_gpu_autotune_level=0")
+
+
 @gin.configurable
 def platform(
     compile_only: bool = False,
     emulated_cpu_devices: int | None = None,
     xla_flags: Sequence[str] = (),
     distributed: bool = False,
+    deterministic: bool = False,
 ) -> None:
     """Prepares the backend; must run before JAX looks for devices.
 
@@ -83,6 +88,8 @@ def platform(
       compile_only: nothing will run; a CPU is enough, whatever the hardware of the recipe.
       emulated_cpu_devices: run on this many emulated CPU devices instead of the accelerators present.
       xla_flags: added to XLA_FLAGS. Options of the compiler belong to the step (`train.compiler_options`).
+      deterministic: two runs give equal bits on GPUs too, whose fastest kernels add in any order and are chosen by timing them; on TPUs and
+        CPUs they do anyway.
       distributed: this process is one of several, which find each other through their cluster (TPU slices, SLURM, MPI, Kubernetes).
 
     Raises:
@@ -91,6 +98,8 @@ def platform(
     if compile_only:
         jax.config.update("jax_platforms", "cpu")
         return
+    if deterministic:
+        xla_flags = (*xla_flags, *_DETERMINISTIC)
     if emulated_cpu_devices is not None:
         xla_flags = (*xla_flags, f"--xla_force_host_platform_device_count={emulated_cpu_devices}")
         jax.config.update("jax_platforms", "cpu")

@@ -29,6 +29,7 @@ from interns1pro_jax.data.corpus import Corpus
 from interns1pro_jax.data.examples import Example
 from interns1pro_jax.data.unigram import unigram_loss
 from interns1pro_jax.data.validation import MEDIA, PackedExamples, Prompts, ablation, prompts
+from interns1pro_jax.flops import Work
 from interns1pro_jax.infer.generate import generate
 from interns1pro_jax.infer.sampling import GREEDY, Sampling
 from interns1pro_jax.models.inputs import Batch
@@ -39,6 +40,7 @@ from interns1pro_jax.tokenizer import base
 from interns1pro_jax.tokenizer.base import Tokenizer
 from interns1pro_jax.train.evaluation import HeldOutLoss
 from interns1pro_jax.train.feed import local_rows, place_batch
+from interns1pro_jax.train.journal import Journal
 from interns1pro_jax.train.loop import LoopConfig, default_writers
 from interns1pro_jax.train.loop import train as train_loop
 from interns1pro_jax.train.metrics import Writer, replace
@@ -106,6 +108,7 @@ def train(
         )
         write(needs, text, workdir, Console())
         return
+    journal = Journal(workdir, jax.process_index() == 0)
     devices = mesh.make()
     console = Console(quiet=jax.process_index() != 0)
     tokenizer = corpus.load_tokenizer()
@@ -154,6 +157,9 @@ def train(
             return evaluation(state)
 
         identity = run_identity(model, corpus, tokenizer.fingerprint, optimizer, objective, seed)
+        work = Work.of_step(model.text, corpus.pipeline.row.tokens, corpus.pipeline.batch_size, jax.devices()[0].device_kind, devices.size)
+        data = {source.directory: source.manifest.fingerprint for source in sources}
+        journal.manifest = run_manifest(gin.operative_config_str(), identity, data)
         with CheckpointManager(workdir / "checkpoints", identity, keep_last=keep_checkpoints) as checkpoints:
             if weights is not None and checkpoints.latest_step is None:
                 state = _start_from(state, Path(weights), model, optim)
@@ -169,6 +175,8 @@ def train(
                 evaluate=evaluate,
                 writers=writers,
                 console=console,
+                journal=journal,
+                work=work,
             )
 
         console.print("evaluating all held-out documents, and captions with their media, without them, and with others'")

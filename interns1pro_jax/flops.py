@@ -65,6 +65,38 @@ def hardware_of(topology: str) -> Hardware:
     return HARDWARE[name]
 
 
+# bfloat16 FLOP/s of a JAX device, by how it names itself (`device_kind`).
+_PEAKS = {
+    "TPU v5 lite": HARDWARE["v5e"].peak,
+    "TPU v5e": HARDWARE["v5e"].peak,
+    "TPU v5": HARDWARE["v5p"].peak,
+    "TPU v5p": HARDWARE["v5p"].peak,
+    "TPU v6 lite": HARDWARE["v6e"].peak,
+    "TPU v6e": HARDWARE["v6e"].peak,
+    "TPU7x": HARDWARE["tpu7x"].peak,
+    "NVIDIA H100 80GB HBM3": 989.4e12,  # SXM, dense (NVIDIA's data sheet)
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Model FLOPs of a training step, and the bfloat16 peak (FLOP/s) of all its devices together; None where none is known."""
+
+    flops: float
+    peak: float | None
+
+    @classmethod
+    def of_step(cls, config: TextConfig, length: int, rows: int, device_kind: str, devices: int) -> Work:
+        """Of a batch of `rows` rows of `length` tokens."""
+        peak = _PEAKS.get(device_kind)
+        return cls(3.0 * rows * length * text_flops(config, length), None if peak is None else peak * devices)
+
+    def metrics(self, seconds: float) -> dict[str, float]:
+        """Of a step that took so long: FLOP/s, and MFU where the peak is known."""
+        rate = {"model_flops_per_second": self.flops / seconds}
+        return rate if self.peak is None else rate | {"mfu": self.flops / seconds / self.peak}
+
+
 def active_parameters(config: TextConfig) -> int:
     """Matrix parameters that a token is multiplied with: projections, router, its own experts, the output head."""
     d, heads = config.hidden_size, config.num_attention_heads + config.num_key_value_heads

@@ -23,7 +23,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from interns1pro_jax.checkpoint.errors import CheckpointError
@@ -45,11 +44,11 @@ from interns1pro_jax.config_checks import load_json
 from interns1pro_jax.families import FAMILIES
 from interns1pro_jax.models.time_series import sinusoid_table
 from interns1pro_jax.ops.quantization import quantize_blocks
+from interns1pro_jax.processes import barrier, first_alone
 
 MAX_FILE_BYTES = 5 * 10**9
 _UNFINISHED = "export.json" + PARTIAL  # what an export is of, as long as it goes on
 _WRITERS = 4
-_MESSAGE_BYTES = 2048
 # Matrices that the released scheme quantises, where `modules_to_not_convert` does not name them (spec section 7).
 _QUANTIZED = r"\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(experts\.\d+\.)?(gate|up|down)_proj)\.weight$"
 # Files of a released directory that are no weights: tokenizer, chat template, processors, generation defaults.
@@ -266,26 +265,6 @@ def finish_export(
     write_json(directory / "config.json", _config_json(config, like))
     write_index(directory, files)
     (directory / _UNFINISHED).unlink()
-
-
-def first_alone(work: Callable[[], None]) -> None:
-    """Process 0 does it. Where that fails, all raise its error: the others would wait for it forever."""
-    problem = ""
-    if jax.process_index() == 0:
-        try:
-            work()
-        except CheckpointError as error:
-            problem = str(error)
-    if jax.process_count() > 1:
-        message = np.frombuffer(problem.encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES, b"\0"), np.uint8)
-        problem = np.asarray(multihost_utils.broadcast_one_to_all(message)).tobytes().rstrip(b"\0").decode(errors="replace")
-    if problem:
-        raise CheckpointError(problem)
-
-
-def barrier(where: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(where)
 
 
 class _Job:

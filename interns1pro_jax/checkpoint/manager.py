@@ -1,9 +1,11 @@
-"""Checkpoints of a run: asynchronous, complete or absent, readable on another mesh.
+"""Checkpoints of a run: asynchronous, complete or absent, whole or set aside, readable on another mesh.
 
 A checkpoint is a directory `DIR/<step>` that Orbax writes under a temporary name and renames when every byte is there, and
 that is moved to `DIR/deleted` before it is removed. So whatever carries a step's name is complete, at whatever moment the
 process dies. Inside: `state/`, the arrays under the names of their places in the tree (`params/text/lm_head_DV`), and
 `manifest/`, JSON with their shapes and dtypes, what the run must have in common with its successor, and what the caller adds.
+Both have checksums of their files (`checkpoint.integrity`), which are compared before anything is read. A checkpoint that was damaged
+later is moved to `DIR/damaged`, and the one before it is used.
 
 The place in the data is the step: batches are a function of it.
 """
@@ -13,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import logging
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -23,9 +26,12 @@ import jax
 import orbax.checkpoint as ocp
 
 from interns1pro_jax.checkpoint.errors import CheckpointError
+from interns1pro_jax.checkpoint.integrity import RestoreArrays, RestoreJson, SaveArrays, SaveJson, SummedArrays, SummedJson, damage
+from interns1pro_jax.processes import barrier, first_alone, gather
 
-_TEMPORARY, _DELETED = "*.orbax-checkpoint-tmp", "deleted"
+_TEMPORARY, _DELETED, _DAMAGED = "*.orbax-checkpoint-tmp", "deleted", "damaged"
 _CHUNK = 2**26  # bytes
+_log = logging.getLogger(__name__)
 STATE, MANIFEST = "state", "manifest"
 _LISTED = 8  # names shown in an error
 _OVERHEAD = 16_384  # bytes of metadata and blocks on disk for an array, at most
@@ -33,11 +39,19 @@ _OVERHEAD = 16_384  # bytes of metadata and blocks on disk for an array, at most
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """What `CheckpointManager.restore` returns: the state, the step it was saved at, and the JSON that was saved beside it."""
+    """What `CheckpointManager.restore` returns.
+
+    Attributes:
+      state: the arrays.
+      step: that they were saved at.
+      extras: the JSON that was saved beside them.
+      damaged: newer checkpoints that could not be used, by step: what is wrong with them, and where they are now.
+    """
 
     state: Any
     step: int
     extras: dict[str, Any]
+    damaged: Mapping[int, str] = dataclasses.field(default_factory=dict)
 
 
 class CheckpointManager:
@@ -59,9 +73,7 @@ class CheckpointManager:
             raise CheckpointError(f"keep_last={keep_last} must be at least 1: the newest checkpoint is what a restart continues from.")
         self.directory = Path(directory).absolute()
         self._identity = json.loads(json.dumps(identity))
-        if jax.process_index() == 0:
-            check_writable(self.directory)
-            self._sweep()
+        first_alone(self._prepare)
         policies = [ocp.checkpoint_managers.LatestN(keep_last)]
         if keep_every is not None:
             policies.append(ocp.checkpoint_managers.EveryNSteps(keep_every))
@@ -72,7 +84,7 @@ class CheckpointManager:
                 todelete_subdir=_DELETED,
                 preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
             ),
-            item_handlers={STATE: ocp.PyTreeCheckpointHandler(), MANIFEST: ocp.JsonCheckpointHandler()},
+            item_handlers={STATE: SummedArrays(), MANIFEST: SummedJson()},
         )
 
     def __enter__(self) -> CheckpointManager:
@@ -108,11 +120,9 @@ class CheckpointManager:
         self.wait()
         arrays = named_leaves(state)
         manifest = {"identity": self._identity, "extras": dict(extras or {}), "arrays": _describe(arrays)}
-        if jax.process_index() == 0:
-            self._sweep()
-            self._check_space(step, sum(x.nbytes + _OVERHEAD for x in arrays.values()))
-        state_args = ocp.args.PyTreeSave(arrays, save_args={name: _chunked(x) for name, x in arrays.items()})
-        items = ocp.args.Composite(**{STATE: state_args, MANIFEST: ocp.args.JsonSave(manifest)})
+        first_alone(lambda: self._make_room(step, sum(x.nbytes + _OVERHEAD for x in arrays.values())))
+        state_args = SaveArrays(arrays, save_args={name: _chunked(x) for name, x in arrays.items()})
+        items = ocp.args.Composite(**{STATE: state_args, MANIFEST: SaveJson(manifest)})
         try:
             self._orbax.save(step, args=items, force=True)
         except Exception as error:
@@ -140,24 +150,67 @@ class CheckpointManager:
         Args:
           abstract: the tree to fill: `jax.ShapeDtypeStruct` with shardings, or arrays (`train.state.abstract_state`). The mesh may
             differ from the one that was saved from.
-          step: which checkpoint; None takes the newest.
+          step: which checkpoint; None takes the newest that is not damaged, and sets newer ones aside.
 
         Raises:
           CheckpointError: there is no such checkpoint, it was made with another identity, its arrays have other names, shapes or
             dtypes, or its files are damaged.
         """
-        steps = self._orbax.all_steps()
-        step = max(steps, default=-1) if step is None else step
-        if step not in steps:
-            raise CheckpointError(
-                f"{self.directory} has no checkpoint{f' of step {step}' if step >= 0 else ''}; it has {sorted(steps) or 'none'}."
-            )
-        where = self.directory / f"{step:08d}"
+        self.wait()
+        damaged: dict[int, str] = {}
+        while True:
+            steps = self.steps
+            if not steps or (step is not None and step not in steps):
+                raise CheckpointError(
+                    f"{self.directory} has no checkpoint{'' if step is None else f' of step {step}'}; it has {steps or 'none'}."
+                    + "".join(f" {what}" for what in damaged.values())
+                )
+            chosen = steps[-1] if step is None else step
+            if not (problems := self._damage(chosen)):
+                return dataclasses.replace(self._restore(abstract, chosen), damaged=damaged)
+            what = f"The checkpoint of step {chosen} is damaged: {_list(problems)}."
+            if step is not None:
+                others = [x for x in steps if x != step]
+                raise CheckpointError(f"{self._where(chosen)}: {what} Choose another step (here: {others or 'none'}).")
+            damaged[chosen] = f"{what} It has been moved to {self._set_aside(chosen)}."
+            _log.error("%s", damaged[chosen])
+
+    def _where(self, step: int) -> Path:
+        return self.directory / f"{step:08d}"
+
+    def _damage(self, step: int) -> list[str]:
+        """What is wrong with the files of a checkpoint; the same for all processes, each of which reads its share."""
+        found = gather(damage(self._where(step), (STATE, MANIFEST), (jax.process_index(), jax.process_count())))
+        return sorted({problem for of_process in found for problem in of_process})
+
+    def _set_aside(self, step: int) -> Path:
+        """Moves a damaged checkpoint where nothing is in its way, to be looked at; returns where to."""
+        target = self.directory / _DAMAGED / f"{step:08d}"
+        while target.exists():
+            target = target.with_name(f"{target.name}_again")
+        barrier("a damaged checkpoint has its new name")
+
+        def move() -> None:
+            try:
+                target.parent.mkdir(exist_ok=True)
+                self._where(step).rename(target)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{self._where(step)} is damaged and cannot be moved to {target} ({error.strerror}); move it, then start again."
+                ) from error
+
+        first_alone(move)
+        self._orbax.reload()
+        return target
+
+    def _restore(self, abstract: Any, step: int) -> Restored:
+        """A checkpoint whose files are as they were written."""
+        where = self._where(step)
         wanted = named_leaves(abstract)
-        manifest = self._read(step, MANIFEST, ocp.args.JsonRestore())
+        manifest = self._read(step, MANIFEST, RestoreJson())
         self._compare_identity(where, manifest["identity"])
         self._compare_arrays(where, manifest["arrays"], _describe(wanted))
-        args = ocp.args.PyTreeRestore(wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted))
+        args = RestoreArrays(wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted))
         found = self._read(step, STATE, args)
         leaves = [found[name] for name in wanted]
         return Restored(jax.tree.unflatten(jax.tree.structure(abstract), leaves), step, manifest["extras"])
@@ -168,8 +221,9 @@ class CheckpointManager:
         except Exception as error:  # Orbax raises bare `Exception` for damaged arrays
             others = sorted(set(self._orbax.all_steps()) - {step})
             raise CheckpointError(
-                f"{self.directory / f'{step:08d}'} cannot be read ({failure_reason(error)}). If its files are damaged, move it away to "
-                f"continue from an earlier checkpoint (here: {others or 'none'})."
+                f"{self._where(step)} cannot be read ({failure_reason(error)}), though its files are as they were written. Look for what "
+                f"keeps this process from it (memory, file system, other versions of the libraries), or move it away to continue from an "
+                f"earlier checkpoint (here: {others or 'none'})."
             ) from error
 
     def close(self) -> None:
@@ -184,6 +238,14 @@ class CheckpointManager:
             self._orbax.close()
             if jax.process_index() == 0:
                 self._sweep()
+
+    def _prepare(self) -> None:
+        check_writable(self.directory)
+        self._sweep()
+
+    def _make_room(self, step: int, needed: int) -> None:
+        self._sweep()
+        self._check_space(step, needed)
 
     def _sweep(self) -> None:
         """Removes what an interrupted or failed save left behind, and checkpoints that are no longer kept."""

@@ -34,12 +34,10 @@ from interns1pro_jax.checkpoint.errors import CheckpointError
 from interns1pro_jax.checkpoint.hf_export import (
     MAX_FILE_BYTES,
     Unit,
-    barrier,
     check_belongs,
     check_destination,
     constants,
     finish_export,
-    first_alone,
     start_export,
     tensor_specs,
     units_of,
@@ -52,6 +50,7 @@ from interns1pro_jax.checkpoint.safetensors_writer import PARTIAL, split_into_fi
 from interns1pro_jax.checkpoint.sources import Source, run_name, steps_in
 from interns1pro_jax.config import ModelConfig
 from interns1pro_jax.ops.quantization import quantize_blocks
+from interns1pro_jax.processes import barrier, first_alone
 
 _WORKERS = 4
 _BOX = 2**26  # bytes of experts that are handled at once, and of a chunk of a run's checkpoint

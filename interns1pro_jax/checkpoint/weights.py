@@ -13,10 +13,12 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from interns1pro_jax.checkpoint.errors import CheckpointError
+from interns1pro_jax.checkpoint.integrity import RestoreArrays, RestoreJson, SummedArrays, SummedJson, damage
 from interns1pro_jax.checkpoint.manager import MANIFEST, STATE, CheckpointManager, failure_reason, named_leaves
 from interns1pro_jax.config import ModelConfig
 from interns1pro_jax.config_checks import from_dict
 from interns1pro_jax.models.interns1pro import InternS1Pro
+from interns1pro_jax.processes import gather
 
 
 def read_weights(
@@ -35,7 +37,7 @@ def read_weights(
     directory = Path(directory).absolute()
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is no directory; give that of a run's checkpoints.")
-    handlers = {STATE: ocp.PyTreeCheckpointHandler(), MANIFEST: ocp.JsonCheckpointHandler()}
+    handlers = {STATE: SummedArrays(), MANIFEST: SummedJson()}
     options = ocp.CheckpointManagerOptions(step_format_fixed_length=8, read_only=True)
     with ocp.CheckpointManager(directory, options=options, item_handlers=handlers) as manager:
         steps = manager.all_steps()
@@ -44,8 +46,14 @@ def read_weights(
             raise CheckpointError(
                 f"{directory} has no checkpoint{f' of step {step}' if step >= 0 else ''}; it has {sorted(steps) or 'none'}."
             )
+        share = jax.process_index(), jax.process_count()
+        if problems := [x for found in gather(damage(directory / f"{step:08d}", (STATE, MANIFEST), share)) for x in found]:
+            raise CheckpointError(
+                f"{directory / f'{step:08d}'} is damaged ({'; '.join(problems[:4])}); give another step (here: {sorted(steps)}), or "
+                "fetch it again."
+            )
         try:
-            manifest = manager.restore(step, args=ocp.args.Composite(**{MANIFEST: ocp.args.JsonRestore()}))[MANIFEST]
+            manifest = manager.restore(step, args=ocp.args.Composite(**{MANIFEST: RestoreJson()}))[MANIFEST]
             config = from_dict(ModelConfig, manifest["identity"]["model"]).with_dtypes(dtype, param_dtype)
             model = nnx.eval_shape(lambda: InternS1Pro(config, rngs=nnx.Rngs(0)))
             params, buffers = nnx.state(model, nnx.Param, ...)
@@ -53,7 +61,7 @@ def read_weights(
             wanted = named_leaves(abstract)
             places = {name: _place_of(name, manifest["arrays"]) for name in wanted}
             stored = {places[name]: x for name, x in wanted.items()}
-            args = ocp.args.PyTreeRestore(stored, restore_args=ocp.checkpoint_utils.construct_restore_args(stored), partial_restore=True)
+            args = RestoreArrays(stored, restore_args=ocp.checkpoint_utils.construct_restore_args(stored), partial_restore=True)
             found = manager.restore(step, args=ocp.args.Composite(**{STATE: args}))[STATE]
         except CheckpointError:
             raise

@@ -16,13 +16,14 @@ from interns1pro_jax.config import ConfigError, ModelConfig
 from interns1pro_jax.data.examples import Example, Record, StoredSignal
 from interns1pro_jax.data.packing import RowSize
 from interns1pro_jax.data.plan import KEPT_RECORDS, BatchPlan, PlannedRow
-from interns1pro_jax.data.quarantine import Fault, Quarantine
+from interns1pro_jax.data.quarantine import Counts, Fault, Quarantine
 from interns1pro_jax.data.records import DataError
 from interns1pro_jax.models.inputs import Batch, ModelInputs
 from interns1pro_jax.models.interns1pro import check_inputs
 from interns1pro_jax.models.time_series_inputs import Signal, pack_time_series
 from interns1pro_jax.models.vision_inputs import VisionItem, pack_vision
 from interns1pro_jax.ops.losses import IGNORED
+from interns1pro_jax.processes import gather
 
 _ARRAYS = ("tokens", "positions", "segment_ids", "labels")
 
@@ -229,6 +230,8 @@ class Batches:
         self._reader, self.plan, self._reading, self._steps = reader, plan, reading, steps
         self._iterator: Iterator[LocalBatch] | None = None
         self._next = -1
+        self._counted: dict[int, Counts] = {}  # after each batch that was made and is not yet used
+        self._before = Counts(0, {})  # what all processes had counted when the run was continued
         self.quarantine = Quarantine(plan.config.max_bad_share)
 
     def __getitem__(self, step: int) -> Batch:
@@ -243,6 +246,7 @@ class Batches:
         local = next(self._iterator)
         self._next = step + 1
         self.quarantine.read(local.records, local.faults)
+        self._counted[step + 1] = self.quarantine.counts
         return local.batch
 
     def close(self) -> None:
@@ -252,17 +256,28 @@ class Batches:
         self._iterator = None
 
     def state(self, step: int) -> dict[str, Any]:
-        """See `BatchPlan.state`."""
-        return self.plan.state(step)
+        """See `BatchPlan.state`; with what all processes have counted until then, who all call this."""
+        return self.plan.state(step) | {"counts": self._counts(step)._asdict()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """See `BatchPlan.restore`."""
+        """See `BatchPlan.restore`. Faults begin anew: a bad record that comes again in a later epoch is counted again."""
         self.close()
         self.plan.restore(state)
+        self.quarantine = Quarantine(self.plan.config.max_bad_share)
+        self._counted, self._before = {}, Counts(**state["counts"])
 
-    def metrics(self) -> dict[str, float]:
-        """Counts for the run's log."""
-        return self.quarantine.metrics()
+    def metrics(self, step: int) -> dict[str, float]:
+        """For the run's log, after `step` batches: what all processes have read and could not use, and each source's share of the tokens
+        so far. All processes call it."""
+        shares = {f"data/share/{path}": share for path, share in self.plan.shares(step).items()}
+        return self._counts(step).metrics() | shares
+
+    def _counts(self, step: int) -> Counts:
+        """Of all processes, after `step` batches."""
+        for used in [number for number in list(self._counted) if number < step]:
+            del self._counted[used]
+        own = self._counted.get(step, Counts(0, {}))
+        return functools.reduce(Counts.__add__, (Counts(*counts) for counts in gather(own)), self._before)
 
     def _iterate(self, start: int) -> Iterator[LocalBatch]:
         options = grain.ReadOptions(num_threads=self._reading.threads, prefetch_buffer_size=self._reading.ahead)

@@ -23,7 +23,7 @@ import numpy as np
 
 from interns1pro_jax.config import ConfigError
 from interns1pro_jax.data.balance import deal
-from interns1pro_jax.data.mixture import Mixture, Stage
+from interns1pro_jax.data.mixture import BLOCK, Mixture, Stage
 from interns1pro_jax.data.packing import COLUMNS, RowSize, misfits, plan_rows
 from interns1pro_jax.data.permutation import counter_hash, key_of
 from interns1pro_jax.data.records import DataError
@@ -134,6 +134,18 @@ class BatchPlan(abc.ABC):
         stages = [self._describe(stage) for stage in self.mixture.stages if stage.start < used]
         sources = {source.path: prepared.manifest.fingerprint for source, prepared in zip(self.mixture.sources, self.sources, strict=True)}
         return {"step": step, "cursor": self._cursor(step), "drawn": used, "stages": stages, "sources": sources}
+
+    def shares(self, step: int) -> dict[str, float]:
+        """Each source's share of the tokens of the draws that the first `step` batches have come from, by its path."""
+        used = self._drawn(step)
+        used = used if self.mixture.length is None else min(used, self.mixture.length)
+        whole = used // BLOCK * BLOCK
+        counts = np.array(self.mixture.counts(whole)) + np.bincount(
+            self.mixture.draws(whole, used).source, minlength=len(self.mixture.sources)
+        )
+        tokens = counts * np.array([size.tokens / size.records for size in self.mixture.sizes])
+        shares = (tokens / max(tokens.sum(), 1)).tolist()
+        return {source.path: share for source, share in zip(self.mixture.sources, shares, strict=True)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Goes to where `state` was taken.

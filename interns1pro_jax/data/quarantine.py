@@ -24,6 +24,21 @@ class Fault(NamedTuple):
     detail: str
 
 
+class Counts(NamedTuple):
+    """Records that were read, and those among them that could not be used, by reason."""
+
+    records: int
+    reasons: Mapping[str, int]
+
+    def __add__(self, other: Counts) -> Counts:  # type: ignore[override]
+        return Counts(self.records + other.records, dict(Counter(self.reasons) + Counter(other.reasons)))
+
+    def metrics(self) -> dict[str, float]:
+        """For the run's log."""
+        by_reason = {f"data/quarantined/{reason.replace(' ', '_')}": float(count) for reason, count in self.reasons.items()}
+        return {"data/records": float(self.records), "data/quarantined": float(sum(self.reasons.values())), **by_reason}
+
+
 class Quarantine:
     """What this process could not use.
 
@@ -62,14 +77,14 @@ class Quarantine:
                 )
 
     @property
+    def counts(self) -> Counts:
+        """All that this process has read."""
+        return Counts(self._records, self.reasons)
+
+    @property
     def reasons(self) -> Mapping[str, int]:
         """Records set aside, by reason."""
         return dict(self._reasons)
-
-    def metrics(self) -> dict[str, float]:
-        """Counts for the run's log."""
-        by_reason = {f"data/quarantined/{reason.replace(' ', '_')}": float(count) for reason, count in self._reasons.items()}
-        return {"data/records": float(self._records), "data/quarantined": float(self._reasons.total()), **by_reason}
 
     def _list(self) -> str:
         return ", ".join(f"{count} {reason}" for reason, count in self._reasons.most_common())

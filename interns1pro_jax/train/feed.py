@@ -28,7 +28,9 @@ class DataPlace(Protocol):
 
     def restore(self, state: Mapping[str, Any]) -> None: ...
 
-    def metrics(self) -> Mapping[str, float]: ...
+    def metrics(self, step: int) -> Mapping[str, float]:
+        """Numbers for the log after `step` batches; called by all processes, where they wait anyway."""
+        ...
 
 
 def local_rows(batch_size: int) -> np.ndarray:

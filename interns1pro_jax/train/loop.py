@@ -26,10 +26,12 @@ from rich.console import Console
 from interns1pro_jax.checkpoint.errors import CheckpointError
 from interns1pro_jax.checkpoint.manager import CheckpointManager, check_writable
 from interns1pro_jax.config import ConfigError
+from interns1pro_jax.flops import Work
 from interns1pro_jax.train.faults import STOP_IF_NOT_FINITE, BadStepError, FaultPolicy, Guard, Rewind
 from interns1pro_jax.train.feed import Batches, DataPlace, Feed, place_batch
 from interns1pro_jax.train.journal import SAVE, Journal
 from interns1pro_jax.train.metrics import JsonLines, TensorBoard, Writer
+from interns1pro_jax.train.profile import Profiler
 from interns1pro_jax.train.progress import Progress
 from interns1pro_jax.train.recorder import DUMPS, Metrics, Recorder
 from interns1pro_jax.train.state import TrainState, abstract_state, count_tokens
@@ -37,6 +39,8 @@ from interns1pro_jax.train.watchdog import INTERRUPTED, Watchdog
 
 StepFunction = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 Evaluate = Callable[[TrainState], Mapping[str, float]]
+
+PROFILE = "profile"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +57,7 @@ class LoopConfig:
       faults: what becomes of steps that go wrong; that of the step.
       hang_seconds: a step, evaluation or save that takes longer ends the process, to be started again; None waits for ever. The first
         step, which compiles, may take any time; evaluations and saves must fit.
+      profile_steps: the first and last step, counted from 1, of a profiler's trace in `WORKDIR/profile`.
       prefetch: batches prepared ahead.
     """
 
@@ -63,6 +68,7 @@ class LoopConfig:
     checkpoint_seconds: float | None = None
     faults: FaultPolicy = STOP_IF_NOT_FINITE
     hang_seconds: float | None = None
+    profile_steps: tuple[int, int] | None = None
     prefetch: int = 2
 
     def __post_init__(self) -> None:
@@ -104,6 +110,7 @@ def train(
     writers: Callable[[Path], Sequence[Writer]] = default_writers,
     console: Console | None = None,
     journal: Journal | None = None,
+    work: Work | None = None,
 ) -> TrainState:
     """Trains until `config.steps` updates are done in all, from the latest checkpoint if there is one.
 
@@ -118,6 +125,7 @@ def train(
       place: puts a host batch on the mesh.
       writers: destinations of scalars; they are used by the first process only.
       journal: of `workdir`, begun when the process began.
+      work: of a step, for its FLOP/s and MFU in the records.
 
     Raises:
       Interrupted: after SIGTERM or SIGINT; the state has been saved. A second signal ends the process at once.
@@ -135,7 +143,9 @@ def train(
     restored = checkpoints.latest_step is not None
     if restored:
         with journal.clock("initialise"):
-            state = _restore(state, abstract, checkpoints, None, data, guard)
+            state, damaged = _restore(state, abstract, checkpoints, None, data, guard)
+    else:
+        damaged = {}
     start = int(state.step)
     if start > config.steps:
         raise ConfigError(
@@ -146,13 +156,19 @@ def train(
         stop = stack.enter_context(_StopSignal())
         watchdog = stack.enter_context(Watchdog(config.hang_seconds, workdir / DUMPS, jax.process_index()))
         progress = stack.enter_context(Progress(config.steps, start, config.log_every, console))
-        recorder = Recorder(workdir, writers(workdir) if main else (), progress, guard, journal)
+        recorder = Recorder(workdir, writers(workdir) if main else (), progress, guard, journal, work)
         stack.callback(recorder.close)
         recorder.start(start, count_tokens(state))
         journal.start(start)
+        for what in damaged.values():
+            journal.write("damaged checkpoint", start, what=what)
+            progress.say(f"WARNING: {what}")
         if restored:
             progress.say(f"continuing from the checkpoint of step {start} in {checkpoints.directory}")
-        run = _Run(step_fn, batches, config, checkpoints, data, evaluate, place, guard, journal, recorder, progress, watchdog, stop)
+        profiler = stack.enter_context(Profiler(config.profile_steps, workdir / PROFILE))
+        run = _Run(
+            step_fn, batches, config, checkpoints, data, evaluate, place, guard, journal, recorder, progress, watchdog, profiler, stop
+        )
         while True:
             try:
                 return run.go(state)
@@ -176,6 +192,7 @@ class _Run:
     recorder: Recorder
     progress: Progress
     watchdog: Watchdog
+    profiler: Profiler
     stop: _StopSignal
 
     def __post_init__(self) -> None:
@@ -190,11 +207,14 @@ class _Run:
         skipped = self.guard.skipped_batches
         with Feed(self.batches, range(start + skipped, config.steps + skipped), self.place, config.prefetch) as feed:
             for index, host_batch, batch in clock.waiting("data", feed):
+                done = index - skipped + 1
+                self.profiler.before(done)
                 with clock("step" if self._compiled else "compile"):
                     state, metrics = self.step_fn(state, batch)
-                self._state, done = state, index - skipped + 1
+                self._state = state
+                self.profiler.after(done, metrics)
                 with clock("step"):
-                    self.recorder.submit(done, metrics, host_batch, self.data.metrics() if self.data is not None else {})
+                    self.recorder.submit(done, metrics, host_batch)
                 if self._compiled:
                     self.watchdog.beat(f"step {done + 1}")
                 self._compiled = True
@@ -215,7 +235,8 @@ class _Run:
         if evaluating or saving:
             # A record is on disk before the checkpoint of its step, so that a continued run has the records of all steps.
             with clock("step"):
-                self.recorder.finish(functools.partial(self._evaluate, state) if evaluating else None)
+                counts = {} if self.data is None else self.data.metrics(done + self.guard.skipped_batches)
+                self.recorder.finish(functools.partial(self._evaluate, state) if evaluating else None, counts)
         if saving:
             self._save(done, state)
         if evaluating or saving:
@@ -263,7 +284,7 @@ class _Run:
                     f"(there are {self.checkpoints.steps or 'none'}); save more often, keep more checkpoints, or leave out that data."
                 ) from rewind
             offset, rewinds = self.guard.skipped_batches, self.guard.rewinds
-            state = _restore(self._state, abstract, self.checkpoints, steps[-1], self.data, self.guard)
+            state, _ = _restore(self._state, abstract, self.checkpoints, steps[-1], self.data, self.guard)
             self.guard.rewound(steps[-1], rewind.after, offset, rewinds)
             self.checkpoints.discard_after(steps[-1])
             self.recorder.start(steps[-1], count_tokens(state))
@@ -279,8 +300,9 @@ class _Run:
 
 def _restore(
     state: TrainState | None, abstract: TrainState, checkpoints: CheckpointManager, step: int | None, data: DataPlace | None, guard: Guard
-) -> TrainState:
-    """A checkpoint, in the shardings of `abstract`. The arrays of `state` are given up first: there may be no room for both."""
+) -> tuple[TrainState, Mapping[int, str]]:
+    """A checkpoint in the shardings of `abstract`, and newer ones that are damaged. The arrays of `state` are given up first: there may
+    be no room for both."""
     for leaf in jax.tree.leaves(state):
         if isinstance(leaf, jax.Array) and not leaf.is_deleted():
             leaf.delete()
@@ -292,7 +314,7 @@ def _restore(
                 f"the checkpoint of step {restored.step} in {checkpoints.directory} has no place in the data; choose another workdir."
             )
         data.restore(restored.extras["data"])
-    return restored.state
+    return restored.state, restored.damaged
 
 
 def _divides(every: int | None, step: int) -> bool:

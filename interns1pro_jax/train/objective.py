@@ -7,6 +7,7 @@ the batch, and neither the mesh nor packing nor accumulation changes it beyond r
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -138,7 +139,8 @@ def router_metrics(config: TextConfig, stats: RouterStats) -> Metrics:
     Per MoE layer: `router/load` (assignments of each expert as a share of its group's), `router/entropy` (nats), `router/logit_max`.
     Scalars: `router/balance_loss` and `router/z_loss`, over all experts and `..._in_group`, `router/entropy_mean`, `router/logit_max_all`,
     `router/load_max` (of any expert, relative to the mean of its group) and `router/group_load_spread` (assignments of the fullest
-    group less those of the emptiest: 0 by construction).
+    group less those of the emptiest: 0 by construction), `router/dead_experts` (share of all experts that no token of the batch chose)
+    and `router/group_entropy_min` (of the load inside the worst group of any layer, 1 if its experts are chosen equally often).
     """
     tokens, groups = stats.tokens[0], config.router_n_groups
     load_LGe = stats.load_E.reshape(-1, groups, config.experts_per_group)
@@ -150,9 +152,19 @@ def router_metrics(config: TextConfig, stats: RouterStats) -> Metrics:
         "router/logit_max_all": stats.logit_max.max(),
         "router/load_max": config.experts_per_group * (load_LGe / jnp.maximum(load_LGe.sum(-1, keepdims=True), 1)).max(),
         "router/group_load_spread": jnp.ptp(load_LGe.sum(-1), -1).max(),
+        "router/dead_experts": (stats.load_E == 0).mean(),
+        "router/group_entropy_min": load_entropy(load_LGe).min(),
         "router/balance_loss": balance_loss(stats.load_E, stats.mass_E, tokens),
         "router/balance_loss_in_group": balance_loss(stats.load_E, stats.mass_in_group_E, tokens, groups),
         "router/z_loss": z_loss(stats.z, tokens),
         "router/z_loss_in_group": z_loss(stats.z_in_group, tokens),
     }
     return jax.lax.stop_gradient(metrics)
+
+
+def load_entropy(load: Float[Array, "*groups e"]) -> Float[Array, "*groups"]:
+    """Entropy of how often the experts of a group are chosen, relative to that of equal shares; 1 for a group of one."""
+    if (experts := load.shape[-1]) == 1:
+        return jnp.ones(load.shape[:-1])
+    shares = load / jnp.maximum(load.sum(-1, keepdims=True), 1)
+    return -jnp.sum(shares * jnp.log(jnp.maximum(shares, 1e-30)), -1) / math.log(experts)

@@ -6,12 +6,14 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import numpy as np
 
 from interns1pro_jax.checkpoint.errors import CheckpointError
+from interns1pro_jax.flops import Work
 from interns1pro_jax.train.faults import BadStepError, Guard, Rewind, describe
 from interns1pro_jax.train.journal import Journal
 from interns1pro_jax.train.metrics import ARRAYS, Writer, write_npz
@@ -26,9 +28,10 @@ _KEPT = 8  # bad steps of a process whose batches are kept
 class Recorder:
     """Fetches the metrics of a step while the next one runs, and writes them."""
 
-    def __init__(self, workdir: Path, writers: Sequence[Writer], progress: Progress, guard: Guard, journal: Journal):
+    def __init__(self, workdir: Path, writers: Sequence[Writer], progress: Progress, guard: Guard, journal: Journal, work: Work | None):
         self._workdir, self._writers, self._progress, self._guard, self._journal = workdir, writers, progress, guard, journal
-        self._pending: tuple[int, Metrics, Any, Mapping[str, float]] | None = None
+        self._work = work
+        self._pending: tuple[int, Metrics, Any] | None = None
         self._arrays: dict[str, np.ndarray] = {}
         self._tokens_seen = self._dumped = 0
         self._clock: float | None = None
@@ -49,19 +52,19 @@ class Recorder:
         """Leaves out of tokens/s the time that passed since the last record."""
         self._clock = time.monotonic()
 
-    def submit(self, step: int, metrics: Metrics, batch: Any, host: Mapping[str, float] | None = None) -> None:
-        """Takes over the metrics of a step that has just begun, from the devices and from the host, and writes those of the step before."""
+    def submit(self, step: int, metrics: Metrics, batch: Any) -> None:
+        """Takes over the metrics of a step that has just begun, and writes those of the step before."""
         for value in metrics.values():
             value.copy_to_host_async()
-        earlier, self._pending = self._pending, (step, metrics, batch, host or {})
+        earlier, self._pending = self._pending, (step, metrics, batch)
         if earlier is not None:
             self._record(*earlier)
 
-    def finish(self, evaluate: Callable[[], Mapping[str, float]] | None) -> None:
-        """Waits for the last step and writes it, with the evaluation after it, so that nothing is lost any more."""
+    def finish(self, evaluate: Callable[[], Mapping[str, float]] | None, host: Mapping[str, float]) -> None:
+        """Waits for the last step and writes it, with the evaluation after it and numbers of the host, so that nothing is lost any more."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
-            self._record(*pending, evaluate)
+            self._record(*pending, evaluate, host)
         with self._disk():
             for writer in self._writers:
                 writer.flush()
@@ -73,8 +76,8 @@ class Recorder:
         step: int,
         metrics: Metrics,
         batch: Any,
-        host: Mapping[str, float],
         evaluate: Callable[[], Mapping[str, float]] | None = None,
+        host: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
         values = {name: np.asarray(value) for name, value in jax.device_get(dict(metrics)).items()}
         now = time.monotonic()
@@ -82,6 +85,7 @@ class Recorder:
         record = {name: float(value) for name, value in values.items() if value.ndim == 0} | {"tokens_seen": self._tokens_seen, **host}
         if self._clock is not None:
             record["tokens_per_second"] = float(values["tokens"]) / (now - self._clock)
+            record |= {} if self._work is None else self._work.metrics(now - self._clock)
         self._clock = now
         self._arrays = {name: value for name, value in values.items() if value.ndim > 0}
         verdict = self._judge(step, values, batch)

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from interns1pro_jax.train.evaluation import GroupLoss
+from interns1pro_jax.train.journal import LOST, Goodput, goodput, read_journal
 from interns1pro_jax.train.metrics import JSON_LINES, read_records, replace
 
 _PACKAGES = ("interns1pro_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -106,9 +107,20 @@ def write_report(workdir: Path, data: ReportData) -> Path:
     if data.rows_per_device is not None:
         parts += ["## Rows per device", "Equal by construction: each device holds a whole number of router groups."]
         parts.append(_picture(workdir, "rows_per_device.png", _rows(data.rows_per_device)))
+    if any(record.get("router/dead_experts") is not None for record in records):
+        parts += [
+            "## Health of the routers",
+            "Experts that no token of a batch chose, and how evenly the worst group is used (1: evenly).",
+        ]
+        parts.append(_picture(workdir, "router_health.png", _router_health(records)))
     if data.expert_load is not None:
         parts += ["## Load of the experts", "Assignments of each expert relative to the mean of its layer; lines separate router groups."]
         parts.append(_picture(workdir, "expert_load.png", _load(data.expert_load, data.router_groups)))
+    if journal := read_journal(workdir):
+        account = goodput(journal)
+        parts += ["## Where the time went", f"Goodput {account.share:.1%}: the share of steps that count, over {account.starts} start(s)."]
+        rows = [(phase, f"{seconds:,.1f}", f"{seconds / account.total:.1%}") for phase, seconds in _phases(account)]
+        parts += [_table(("", "seconds", "share"), rows), _picture(workdir, "goodput.png", _time(account))]
     if data.samples:
         parts.append("## Samples")
         for sample in data.samples:
@@ -151,6 +163,8 @@ def _numbers(records: Sequence[Mapping[str, Any]], data: ReportData) -> list[tup
     speeds = [r["tokens_per_second"] for r in records if r.get("tokens_per_second") is not None]
     if speeds:
         rows.append(("tokens/s, median", f"{np.median(speeds):,.0f}"))
+    _, shares = _column(records, "mfu")
+    rows.append(("MFU, median", f"{np.median(shares):.1%}" if len(shares) else f"no peak known for {jax.devices()[0].device_kind}"))
     _, losses = _column(records, "loss")
     rows.append(("training loss, mean of the last tenth", f"{losses[-max(len(losses) // 10, 1) :].mean():.4f}" if len(losses) else "none"))
     _, validation = _column(records, "eval/loss")
@@ -220,6 +234,36 @@ def _optimizer(records: Sequence[Mapping[str, Any]]) -> Figure:
     other.set(ylabel="gradient norm before clipping", yscale="log")
     axes.yaxis.label.set_color("C2")
     other.yaxis.label.set_color("C3")
+    return figure
+
+
+def _router_health(records: Sequence[Mapping[str, Any]]) -> Figure:
+    figure, axes = _plot(8, 3, "dead experts (%)")
+    steps, dead = _column(records, "router/dead_experts")
+    axes.plot(steps, 100 * _smooth(dead), color="C3")
+    axes.set_ylim(bottom=0)
+    other = axes.twinx()
+    steps, entropy = _column(records, "router/group_entropy_min")
+    other.plot(steps, _smooth(entropy), color="C0")
+    other.set(ylabel="entropy of the worst group", ylim=(0, 1.02))
+    axes.yaxis.label.set_color("C3")
+    other.yaxis.label.set_color("C0")
+    return figure
+
+
+def _phases(account: Goodput) -> list[tuple[str, float]]:
+    """Those that took any time, the losses last."""
+    return sorted(((phase, s) for phase, s in account.seconds.items() if s > 0), key=lambda item: item[0] in ("rewound", LOST))
+
+
+def _time(account: Goodput) -> Figure:
+    figure, axes = _plot(8, 1.6, "", "seconds")
+    left = 0.0
+    for phase, seconds in _phases(account):
+        axes.barh(0, seconds, left=left, label=phase)
+        left += seconds
+    axes.set_yticks([])
+    axes.legend(ncols=8, fontsize=8, edgecolor="none", loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return figure
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import itertools
 import os
 import shutil
 import subprocess
@@ -139,18 +140,49 @@ def test_another_tree_is_named(tmp_path, mesh):
             manager.restore({"a": jnp.arange(3), "c": jnp.arange(3)})
 
 
-def test_damaged_files_are_named(tmp_path, mesh):
-    state = {"x": jnp.asarray(np.random.default_rng(0).normal(size=(64, 64)))}
-    with CheckpointManager(tmp_path, {}) as manager:
-        for step in (1, 2):
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGE = {
+    "bytes instead of": lambda file: os.truncate(file, file.stat().st_size // 2),
+    "other content than was written": flip,
+    "cannot be read": Path.unlink,
+}
+
+
+def test_any_damage_to_any_file_is_found_and_the_checkpoint_before_is_used(tmp_path, mesh, caplog):
+    states = {step: {"x": jnp.asarray(np.random.default_rng(step).normal(size=(64, 64)))} for step in (1, 2)}
+    with CheckpointManager(tmp_path / "whole", {}) as manager:
+        for step, state in states.items():
             manager.save(step, state)
-        manager.wait()
-        for file in (tmp_path / "00000002" / "state").rglob("*"):
-            if file.is_file() and file.stat().st_size > 8192:
-                os.truncate(file, 4096)
-        with pytest.raises(CheckpointError, match=r"00000002 cannot be read .* \(here: \[1\]\)"):
-            manager.restore(state)
-        assert_equal(manager.restore(state, step=1).state, state)
+    newest = tmp_path / "whole" / "00000002"
+    files = [path.relative_to(newest) for item in ("state", "manifest") for path in (newest / item).rglob("*") if path.is_file()]
+    files = [file for file in files if file.name != "commit_success.txt"]  # Orbax's mark, which nothing reads
+    assert len(files) > 6
+    aside = tmp_path / "broken" / "damaged" / "00000002"
+    with CheckpointManager(tmp_path / "broken", {}) as manager:
+        for file, said in itertools.product(files, DAMAGE):
+            shutil.rmtree(aside, ignore_errors=True)
+            for step in states:
+                shutil.copytree(tmp_path / "whole" / f"{step:08d}", tmp_path / "broken" / f"{step:08d}", dirs_exist_ok=True)
+            DAMAGE[said](tmp_path / "broken" / "00000002" / file)
+            manager._orbax.reload()
+            restored = manager.restore(states[1])
+            assert restored.step == manager.latest_step == 1
+            assert_equal(restored.state, states[1])
+            message = restored.damaged[2]
+            assert str(aside) in message and message in caplog.text and aside.is_dir()
+            if not file.name.startswith("checksums"):
+                assert said in message and str(file) in message
+    flip(next((tmp_path / "broken" / "00000001" / "state").rglob("ocdbt.process_0/d/*")))
+    with CheckpointManager(tmp_path / "broken", {}) as manager:
+        with pytest.raises(CheckpointError, match=r"00000001: The checkpoint of step 1 is damaged.*Choose another step \(here: none\)"):
+            manager.restore(states[1], step=1)
+        with pytest.raises(CheckpointError, match=r"has no checkpoint; it has none\. The checkpoint of step 1 is damaged.*moved to"):
+            manager.restore(states[1])
 
 
 def test_a_directory_that_cannot_be_made(tmp_path, mesh):

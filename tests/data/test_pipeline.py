@@ -299,8 +299,14 @@ def test_what_cannot_be_read_leaves_padding_and_is_counted_by_reason(batches, mo
         for name in ("tokens", "positions", "segment_ids"):
             assert np.array_equal(getattr(whole.inputs, name)[~gone], getattr(batch.inputs, name)[~gone])
         lost += gone.any(1).sum()
-    metrics = data.metrics()
+    earlier, metrics = data.metrics(1), data.metrics(3)
     count = metrics["data/quarantined"]
+    assert 0 < earlier["data/records"] < metrics["data/records"] and earlier["data/quarantined"] <= count  # although more has been read
+    shares = {name: value for name, value in metrics.items() if "share" in name}
+    assert len(shares) == 2 and np.isclose(sum(shares.values()), 1) and min(shares.values()) > 0
+    continued = batches("documents", kinds=("text", "image"))
+    continued.restore(data.state(3))
+    assert continued.metrics(3) == metrics
     assert 0 < count <= 6 and lost and metrics[f"data/quarantined/{reason.replace(' ', '_')}"] == count
     assert all("image" in name for name in data.quarantine.faults)
 

@@ -1,4 +1,5 @@
-"""Several processes, each with the rows of its own devices, make the global batch that one process would make."""
+"""Several processes, each with the rows of its own devices, make the global batch that one process would make; what fails on the first
+fails on all."""
 
 import os
 import socket
@@ -32,4 +33,5 @@ def test_two_processes_place_one_batch():
             process.kill()
     assert all(process.returncode == 0 for process in processes), results
     rows = [line for output, _ in results for line in output.splitlines() if line.startswith("rows")]
+    assert all("all hear of no space on process 0" in output for output, _ in results)
     assert rows == [f"rows {list(range(8))}", f"rows {list(range(8, 16))}"]

@@ -11,11 +11,12 @@ import pytest
 from interns1pro_jax.train.loop import INTERRUPTED
 from interns1pro_jax.train.metrics import read_arrays, read_records
 
-SCRIPT = Path(__file__).with_name("tiny_run.py")
+PROGRAM = [sys.executable, "-m", "tools.tiny_run"]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def start(workdir: Path, *arguments: str) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, SCRIPT, workdir, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen([*PROGRAM, workdir, *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def finish(process: subprocess.Popen, code: int) -> str:

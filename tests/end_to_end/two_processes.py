@@ -1,10 +1,12 @@
-"""One of several processes: places its rows of a batch, and prints what the whole batch is then."""
+"""One of several processes: places its rows of a batch, and prints which ones they are and what it hears of the others."""
 
 import sys
 
 import jax
 import numpy as np
 
+from interns1pro_jax.checkpoint.errors import CheckpointError
+from interns1pro_jax.processes import first_alone, gather
 from interns1pro_jax.sharding import make_mesh
 from interns1pro_jax.train.feed import local_rows, place_batch
 
@@ -22,7 +24,17 @@ def main(address: str, count: str, index: str) -> None:
                 assert np.array_equal(shard.data, whole[name][shard.index]), name
         total = jax.jit(lambda batch: batch["tokens"].sum())(placed)
         assert int(total) == whole["tokens"].sum()
+    assert gather({"rows": rows.tolist()})[1 - int(index)]["rows"] == sorted(set(range(16)) - set(rows.tolist()))
+    first_alone(lambda: None)
+    try:
+        first_alone(fail)
+    except CheckpointError as error:
+        print("all hear of", error)
     print("rows", rows.tolist())
+
+
+def fail() -> None:
+    raise CheckpointError(f"no space on process {jax.process_index()}")
 
 
 if __name__ == "__main__":
