@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 from rich.console import Console
 
 from experiments.compile_only import compile_step, write
+from experiments.manifest import run_manifest
 from interns1pro_jax import sharding
 from interns1pro_jax.checkpoint.hf_import import load_model
 from interns1pro_jax.checkpoint.manager import CheckpointManager

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).with_name("two_processes.py")
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_two_processes_place_one_batch():
@@ -17,12 +17,12 @@ def test_two_processes_place_one_batch():
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     processes = [
         subprocess.Popen(
-            [sys.executable, str(SCRIPT), address, "2", str(index)],
+            [sys.executable, "-m", "tests.end_to_end.two_processes", address, "2", str(index)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             env=environment,
-            cwd=SCRIPT.parents[2],
+            cwd=ROOT,
         )
         for index in range(2)
     ]

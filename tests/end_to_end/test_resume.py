@@ -1,6 +1,7 @@
 """A run that is killed again and again gives the losses of a run that is not, to the bit, whatever moment the kill hits."""
 
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -73,3 +74,37 @@ def test_killed_and_continued_equals_uninterrupted(tmp_path, whole):
     assert [record["step"] for record in records(workdir)] == list(range(1, 13))
     assert records(workdir) == records(expected)
     np.testing.assert_equal(read_arrays(workdir), read_arrays(expected))
+
+
+def start_two(workdir: Path, cache: str, arguments: dict[int, tuple[str, ...]]) -> list[subprocess.Popen]:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    return [start(workdir, "--cache", cache, "--process", str(i), "2", address, *arguments.get(i, ())) for i in range(2)]
+
+
+def test_two_processes_end_together_and_one_goes_on_from_where_they_were(tmp_path, whole):
+    """A process that dies takes the other along, which would wait for it for ever; a signal to one stops both at one step."""
+    workdir, cache = tmp_path / "two", str(tmp_path / "compiled")
+    steps = {}
+    for name, arguments, codes in (
+        ("a step", {1: ("--kill", "step", "/4")}, (None, -signal.SIGKILL)),
+        ("a save", {0: ("--kill", "os.rename", "checkpoints/00000006")}, (-signal.SIGKILL, None)),
+        ("SIGTERM", {1: ("--term", "5")}, (INTERRUPTED, INTERRUPTED)),
+    ):
+        processes = start_two(workdir, cache, arguments)
+        try:
+            outputs = [process.communicate(timeout=300)[0] for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        for process, code in zip(processes, codes, strict=True):
+            assert process.returncode == code or (code is None and process.returncode != 0), (name, outputs)
+        steps[name] = max(int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*") if path.name.isdecimal())
+    assert steps["a step"] == steps["a save"] == 3 and 6 <= steps["SIGTERM"] < 12
+    assert f"continuing from the checkpoint of step {steps['SIGTERM']}" in finish(start(workdir, "--cache", cache), 0)
+    process, expected = whole
+    finish(process, 0)
+    assert [record["step"] for record in records(workdir)] == list(range(1, 13))
+    for found, wanted in zip(records(workdir), records(expected), strict=True):
+        assert found == pytest.approx(wanted, rel=1e-5)
