@@ -62,7 +62,8 @@ def main(argv: list[str]) -> None:
 
 def _start(workdir: Path, cache: Path, *arguments: str) -> subprocess.Popen:
     program = [sys.executable, "-m", "tools.tiny_run", str(workdir), "--steps", str(_STEPS.value), "--every", str(_EVERY.value)]
-    return subprocess.Popen([*program, "--cache", str(cache), *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = (workdir.parent / f"{workdir.name}.log").open("ab")
+    return subprocess.Popen([*program, "--cache", str(cache), *arguments], stdout=log, stderr=log)
 
 
 def _kill_again_and_again(workdir: Path, cache: Path, console: Console) -> list[tuple[int, bool]]:
@@ -89,11 +90,14 @@ def _kill_again_and_again(workdir: Path, cache: Path, console: Console) -> list[
             time.sleep(rng.uniform(0, 0.05))
             process.send_signal(signal.SIGKILL)
         code = process.wait()
+        if code not in (0, -signal.SIGKILL):
+            log = workdir.with_suffix(".log").read_text()
+            sys.exit(f"error: the run ended with code {code} by itself, after step {_recorded(workdir)}:\n{log[-2000:]}")
         if code == 0:
             console.print(f"the run ended before it was killed {_KILLS.value} times; give it more --steps")
             return kills
         kills.append((_recorded(workdir), in_save))
-        console.print(f"kill {len(kills)}/{_KILLS.value} after step {kills[-1][0]}{', in a save' if in_save else ''} (code {code})")
+        console.print(f"kill {len(kills)}/{_KILLS.value} after step {kills[-1][0]}{', in a save' if in_save else ''}")
     _start(workdir, cache).communicate()
     return kills
 
