@@ -27,7 +27,7 @@ from interns1pro_jax.train.journal import LOST, Goodput, goodput, read_journal
 from interns1pro_jax.train.metrics import read_arrays, read_records
 
 _KILLS = flags.DEFINE_integer("kills", 30, "How often the run is killed.", lower_bound=1)
-_STEPS = flags.DEFINE_integer("steps", 400, "Steps of the run.", lower_bound=10)
+_STEPS = flags.DEFINE_integer("steps", 300, "Steps of the run.", lower_bound=10)
 _EVERY = flags.DEFINE_integer("every", 5, "Steps between checkpoints.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the moments.")
 _OUTPUT = flags.DEFINE_string("output", "soak.png", "The picture.")
