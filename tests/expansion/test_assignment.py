@@ -7,7 +7,7 @@ import pytest
 
 from interns1pro_jax.config import ConfigError
 from interns1pro_jax.expansion.assignment import METHODS, ExpansionConfig, assign, pair_weights, separation
-from interns1pro_jax.expansion.cuts import cut_value, distinct_cuts
+from interns1pro_jax.expansion.cuts import climb, cut_value, distinct_cuts
 from interns1pro_jax.expansion.routing_counts import RoutingCounts, count_routing
 from tests.tiny import text_only
 
@@ -39,6 +39,19 @@ def test_the_best_cut_is_the_best_of_all(parts):
     values = [cut_value(weights, cut) for cut in cuts]
     assert values[0] == pytest.approx(best)
     assert values == sorted(values, reverse=True)
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_an_ascent_ends_where_no_swap_gains(parts):
+    weights = symmetric(12, seed=parts)
+    start = np.arange(12) % parts
+    cut = climb(weights, start)
+    reached = cut_value(weights, cut)
+    assert reached > cut_value(weights, start)
+    for one, other in itertools.combinations(range(12), 2):
+        swapped = cut.copy()
+        swapped[[one, other]] = swapped[[other, one]]
+        assert cut_value(weights, swapped) <= reached * (1 + 1e-12)
 
 
 @pytest.mark.parametrize(("experts", "parts", "count", "different"), [(16, 2, 8, 8), (4, 2, 8, 3), (6, 1, 2, 1)])
