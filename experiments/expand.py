@@ -7,12 +7,13 @@ from pathlib import Path
 import jax
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn, track
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn, track
 
-from interns1pro_jax.checkpoint.hf_export import MAX_FILE_BYTES, export_model
+from interns1pro_jax.checkpoint.hf_export import MAX_FILE_BYTES
 from interns1pro_jax.checkpoint.hf_import import load_model
 from interns1pro_jax.checkpoint.safetensors_io import Checkpoint, open_checkpoint
-from interns1pro_jax.checkpoint.weights import read_weights
+from interns1pro_jax.checkpoint.sources import RunSource
+from interns1pro_jax.checkpoint.stream import write_hf
 from interns1pro_jax.config import ConfigError, ModelConfig
 from interns1pro_jax.data.corpus import Corpus
 from interns1pro_jax.expansion.assignment import CALIBRATED, ExpansionConfig, assign, separation
@@ -44,7 +45,7 @@ def expand(
     Args:
       source: a directory in the released layout of this family or an ancestor, or of a run's checkpoints, which is exported to
         `workdir/source` first.
-      mesh: for the calibration, and for the weights of a run's checkpoint; growing itself takes tensor after tensor through the host.
+      mesh: for the calibration; all else takes tensor after tensor through the host.
       corpus: of whose training batches the first `calibration_batches` are the calibration set. What was counted stays in
         `workdir/calibration.npz`, and is not counted again.
       manifest: of an earlier expansion of the same source, to repeat it to the byte; `expansion` and `corpus` are not used then.
@@ -69,19 +70,25 @@ def expand(
             f"{workdir}; random and copy need none."
         )
     with jax.set_mesh(mesh.make()):
-        checkpoint, config = _open(Path(source), step, workdir, expansion)
+        checkpoint, config = _open(Path(source), step, workdir, expansion, max_file_bytes)
         if given is None:
             given = _plan(checkpoint, config, expansion, corpus, calibration_batches, workdir, console)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task("growing", total=None)
+        tasks: dict[str, TaskID] = {}
+
+        def progress(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done)
+
         grown = expand_checkpoint(
             checkpoint,
             config,
             given,
             workdir / GROWN,
             max_file_bytes=max_file_bytes,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=progress,
         )
     text, half = grown.text, grown.text.head_dim // 2
     if config.text.fope is None and text.fope is not None:
@@ -102,7 +109,7 @@ def expand(
     )
 
 
-def _open(source: Path, step: int | None, workdir: Path, expansion: ExpansionConfig) -> tuple[Checkpoint, ModelConfig]:
+def _open(source: Path, step: int | None, workdir: Path, expansion: ExpansionConfig, max_file_bytes: int) -> tuple[Checkpoint, ModelConfig]:
     """The source in the released layout; a run's checkpoint is exported."""
     if (source / "config.json").exists():
         if step is not None:
@@ -110,12 +117,11 @@ def _open(source: Path, step: int | None, workdir: Path, expansion: ExpansionCon
         config = ModelConfig.from_hf(source)
         expansion.target(config)
         return open_checkpoint(source), config
-    model, found = read_weights(source, step)
-    expansion.target(model.config)
-    exported = workdir / SOURCE
+    run, exported = RunSource(source, step), workdir / SOURCE
+    expansion.target(run.config)
     if not (exported / "config.json").exists():
-        export_model(model, model.config, exported, identity=f"{source.absolute()} {found}")
-    return open_checkpoint(exported), model.config
+        write_hf(run, run.config, exported, dtype=run.config.text.param_dtype, max_file_bytes=max_file_bytes)
+    return open_checkpoint(exported), ModelConfig.from_hf(exported)
 
 
 def _plan(

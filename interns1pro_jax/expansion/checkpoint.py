@@ -8,6 +8,7 @@ the next file where it was interrupted.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import threading
 import zlib
@@ -21,18 +22,19 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
+from interns1pro_jax.checkpoint import checksums
 from interns1pro_jax.checkpoint.errors import CheckpointError
-from interns1pro_jax.checkpoint.hf_export import MAX_FILE_BYTES, Progress, finish_export, released_scheme, start_export
-from interns1pro_jax.checkpoint.hf_import import check_fit, parameters_of
+from interns1pro_jax.checkpoint.hf_export import MAX_FILE_BYTES, check_destination, finish_export, released_scheme, start_export
+from interns1pro_jax.checkpoint.hf_import import SCALE_SUFFIX, check_fit, parameters_of
 from interns1pro_jax.checkpoint.hf_names import POSITION_TABLE, HfParameter, hf_parameters
 from interns1pro_jax.checkpoint.safetensors_io import DTYPES, Checkpoint
 from interns1pro_jax.checkpoint.safetensors_writer import OutputFile, TensorSpec, split_into_files
+from interns1pro_jax.checkpoint.stream import Progress
 from interns1pro_jax.config import ModelConfig
 from interns1pro_jax.expansion.manifest import FILE, Manifest
 from interns1pro_jax.ops.fope import initial_coefficients
 
 _WORKERS = 4
-_SCALE_SUFFIX = "_scale_inv"
 _ROUTER, _COEFFICIENTS = ".moe.router.kernel_DE", "text.fope."
 _HEAD, _EMBEDDING = "text.lm_head_DV", "text.embed_VD"
 
@@ -83,7 +85,7 @@ def expand_checkpoint(
     directory: Path,
     *,
     max_file_bytes: int = MAX_FILE_BYTES,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = lambda what, done, total: None,
 ) -> ModelConfig:
     """Writes the grown checkpoint, in the released layout, with its manifest (`expansion.json`) and the source's tokenizer and processor
     files beside the weights.
@@ -91,7 +93,7 @@ def expand_checkpoint(
     Args:
       checkpoint, config: the source.
       directory: to make.
-      progress: told after every tensor, of the scan for values that are not finite first, then of the writing.
+      progress: told after every tensor, of the scan for values that are not finite first, then of the writing, then of the checksums.
 
     Returns:
       the configuration of the grown model.
@@ -109,11 +111,13 @@ def expand_checkpoint(
     copies = list(_copies(checkpoint, config, grown, manifest))
     tensors = _specs(checkpoint, copies, grown)
     files = split_into_files(directory, tensors, max_file_bytes)
+    check_destination(directory, files, manifest.fingerprint)
     _check_finite(checkpoint, progress)
     start_export(directory, files, manifest.fingerprint)
     _write(checkpoint, copies, manifest, files, progress)
     manifest.save(directory / FILE)
     finish_export(directory, files, grown, checkpoint.directory)
+    checksums.write(directory, [file.path for file in files], functools.partial(progress, "checksums"))
     return grown
 
 
@@ -167,13 +171,13 @@ def _copies(checkpoint: Checkpoint, config: ModelConfig, grown: ModelConfig, man
         plan.append((-1, _Copy(POSITION_TABLE, (POSITION_TABLE,))))
     for _, copy in sorted(plan, key=lambda entry: entry[0]):
         yield copy
-        if copy.source + _SCALE_SUFFIX in checkpoint:
+        if copy.source + SCALE_SUFFIX in checkpoint:
             if copy.part is not None:
                 raise CheckpointError(
                     f"{copy.source} holds all experts of a layer in FP8, which cannot be taken apart as it is; convert the source to "
                     "bfloat16 first (python -m tools.convert ... --quantization none)."
                 )
-            yield _Copy(copy.source + _SCALE_SUFFIX, tuple(name + _SCALE_SUFFIX for name in copy.targets))
+            yield _Copy(copy.source + SCALE_SUFFIX, tuple(name + SCALE_SUFFIX for name in copy.targets))
 
 
 def _specs(checkpoint: Checkpoint, copies: Sequence[_Copy], grown: ModelConfig) -> dict[str, TensorSpec]:
@@ -200,7 +204,7 @@ def _check_finite(checkpoint: Checkpoint, progress: Progress) -> None:
         for name, finite in zip(checkpoint, pool.map(is_finite, checkpoint), strict=True):
             bad += [] if finite else [name]
             done += checkpoint[name].nbytes
-            progress(done, total)
+            progress("checking", done, total)
     if bad:
         raise CheckpointError(
             f"{checkpoint.directory} has values that are NaN or infinite in {', '.join(bad[:8])} ({len(bad)} tensors); take another."
@@ -226,7 +230,7 @@ def _write(checkpoint: Checkpoint, copies: Sequence[_Copy], manifest: Manifest, 
                 left[file.path] -= 1
                 done += values.nbytes
                 last = left[file.path] == 0
-                progress(done, total)
+                progress("writing", done, total)
             if last:
                 file.finish()
 

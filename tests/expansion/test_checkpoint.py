@@ -75,11 +75,8 @@ def test_an_interrupted_expansion_goes_on(source, tmp_path):
     class Killed(Exception):
         pass
 
-    calls = []
-
-    def kill(done, total):
-        calls.append(total)
-        if len(set(calls)) == 2 and done > total / 2:  # the scan has another total
+    def kill(what, done, total):
+        if what == "writing" and done > total / 2:
             raise Killed
 
     with pytest.raises(Killed):
@@ -159,7 +156,7 @@ def test_bad_input_is_named_and_nothing_is_written(source, tmp_path, monkeypatch
         grow(damaged(source, tmp_path / "nan", expert, np.nan), target)
     with pytest.raises(ConfigError, match=r"growth \* experts = 2 \* 8=16 must be divisible by ExpansionConfig.groups=3"):
         ExpansionConfig(growth=2, groups=3, method="copy").target(ModelConfig.from_hf(source))
-    assert not target.exists()
+    assert not list(target.glob("*"))
     monkeypatch.setattr(safetensors_writer.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 90, 10))
     with pytest.raises(CheckpointError, match=r"no space for the checkpoint in .*target: it needs [\d,]+ more bytes and 10 are free"):
         grow(source, target)

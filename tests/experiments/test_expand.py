@@ -101,7 +101,7 @@ def test_what_is_missing_is_named_before_anything_is_written(tmp_path, run, corp
             r"growth \* experts = 3 \* 8=24 must be divisible",
         ),
         (dict(expansion=EXPANSION, manifest=str(tmp_path / FILE)), ConfigError, f"{tmp_path / FILE} does not exist"),
-        (dict(expansion=EXPANSION, source=str(tmp_path / "x"), corpus=corpus), CheckpointError, "is no directory"),
+        (dict(expansion=EXPANSION, source=str(tmp_path / "x"), corpus=corpus), CheckpointError, "x has no checkpoint"),
         (dict(expansion=EXPANSION, corpus=corpus, calibration_batches=0), ConfigError, "calibration_batches=0 must be positive"),
         (dict(expansion=EXPANSION, corpus=corpus, compile_only=True), ConfigError, "no step to compile"),
     ):
