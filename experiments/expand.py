@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import jax
@@ -93,18 +94,12 @@ def expand(
     text, half = grown.text, grown.text.head_dim // 2
     if config.text.fope is None and text.fope is not None:
         kept = len(text_frequencies(text))
-        console.print(
-            f"FoPE keeps {kept} of {half} frequencies of the source's rotary encoding"
-            + (
-                f"; {half - kept} pairs no longer depend on the position (FopeConfig.num_inv_freq = {half} keeps all)"
-                if kept < half
-                else ""
-            ),
-            highlight=False,
-        )
+        lost = f"; {half - kept} pairs lose the position (FopeConfig.num_inv_freq = {half} keeps all)" if kept < half else ""
+        console.print(f"FoPE keeps {kept} of {half} frequencies of the source's rotary encoding{lost}", highlight=False)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     console.print(
         f"{workdir / GROWN}: {text.num_experts} experts in {text.router_n_groups} groups, {text.num_experts_per_tok} per token; method "
-        f"{given.expansion.method}, manifest {given.fingerprint[:12]}",
+        f"{given.expansion.method}, manifest {given.fingerprint[:12]}; this process held {peak:.2f} GiB at its peak",
         highlight=False,
     )
 
