@@ -106,7 +106,7 @@ def draw(base: Curve, runs: Mapping[str, Sequence[Curve]]) -> Figure:
     colours = {arm: f"C{i}" for i, arm in enumerate(runs)}
     before = axes[0, 0]
     before.plot(base["step"], base["loss"], "black")
-    before.set(title="Before: to a plateau", xlabel="steps", ylabel="held-out loss (nats per token)")
+    before.set(title="Before", xlabel="steps", ylabel="held-out loss (nats per token)")
     after, bars = axes[0, 1], axes[0, 2]
     for arm, curves in runs.items():
         _band(after, curves, "loss", colours[arm], arm)

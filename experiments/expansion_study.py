@@ -1,4 +1,4 @@
-"""Does expert expansion work, and which way? A small model is trained to a plateau, expanded by each method, and trained on."""
+"""Does expert expansion work, and which way? A small model is trained, expanded by each method, and trained on."""
 
 from __future__ import annotations
 
