@@ -64,13 +64,13 @@ def tile_patches(pixels):
 
 
 def image_inputs(config):
-    """Two rows with an image of one tile and one of two; and the tiles' pixels."""
+    """Two rows with an image of one tile and one of two, each in a pack of its own; and the tiles' pixels."""
     pixels = np.random.default_rng(0).normal(size=(3, 3, 28, 28)).astype(np.float32)
     tokens = np.minimum(np.asarray(INPUTS.tokens), 89)
     tokens[0, 2:6] = tokens[1, 1:9] = config.image_token_id
     one, two, three = map(tile_patches, pixels)
-    items = [VisionItem(one, (1, 4, 4)), VisionItem(np.concatenate([two, three]), (2, 4, 4))]
-    return dataclasses.replace(INPUTS, tokens=tokens, vision=pack_vision([items], config.vision)), pixels
+    packs = [[VisionItem(one, (1, 4, 4))], [VisionItem(np.concatenate([two, three]), (2, 4, 4))]]
+    return dataclasses.replace(INPUTS, tokens=tokens, vision=pack_vision(packs, config.vision)), pixels
 
 
 def content(directory):
@@ -128,6 +128,28 @@ def test_a_tied_embedding_has_the_gradient_of_both_its_uses(mesh):
     both = two["embed_VD"][...] + two["lm_head_DV"][...].T
     assert np.abs(two["lm_head_DV"][...]).max() > 1
     np.testing.assert_allclose(one["embed_VD"][...], both, rtol=1e-4, atol=1e-4)
+
+
+def test_four_devices_train_what_one_trains():
+    """Experts of one group and InternViT, over devices that share weights and rows."""
+
+    def gradient(**sizes):
+        with jax.set_mesh(make_mesh(**sizes)), jax.default_matmul_precision("highest"):
+            model = create_model(config_of("internvl"))
+            inputs, _ = image_inputs(model.config)
+            graph, state = nnx.split(model)
+
+            def loss(state):
+                model = nnx.merge(graph, state)
+                return cross_entropy(model(inputs).hidden_BTD, model.text.head_DV, jnp.roll(jnp.asarray(inputs.tokens), -1, 1))[0]
+
+            found = jax.jit(jax.grad(loss))(state)
+            return {path: np.asarray(v.get_value()) for path, v in nnx.to_flat_state(found)}
+
+    one, four = gradient(), gradient(fsdp=2, context=2)
+    for path, expected in one.items():
+        assert np.abs(expected).max() > 0, path
+        np.testing.assert_allclose(four[path], expected, atol=1e-4 * np.abs(expected).max(), err_msg=str(path))
 
 
 def test_a_stored_head_must_be_the_embedding_it_is_tied_to(tmp_path, mesh, write_safetensors):
