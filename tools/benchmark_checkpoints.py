@@ -18,7 +18,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from flax import nnx
 from rich.console import Console
 
@@ -33,12 +33,13 @@ _EVERY = flags.DEFINE_integer("every", 50, "Steps between saves.", lower_bound=1
 _STEPS = flags.DEFINE_integer("steps", 150, "Steps of each run.", lower_bound=2)
 _MEGABYTES = flags.DEFINE_integer("megabytes", 64, "Of the state.", lower_bound=1)
 _WIDTH = 1024
-_PRODUCTS = 16  # of a step
+_PRODUCTS = 4  # of a step
 
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}.")
+    logging.set_verbosity(logging.WARNING)
     with jax.set_mesh(make_mesh()):
         _run(None, 3)  # compiles
         without, with_saves = _run(None), _run(_EVERY.value)

@@ -10,6 +10,7 @@ it is process I of COUNT that find each other at ADDRESS; the devices of all are
 """
 
 import argparse
+import dataclasses
 import os
 import signal
 import sys
@@ -63,6 +64,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=3, help="steps between checkpoints")
     parser.add_argument("--mesh", type=int, nargs=2, default=(2, 2), metavar=("FSDP", "EXPERT"))
     parser.add_argument("--microbatches", type=int, default=1)
+    parser.add_argument("--dtype", default="bfloat16", help="of activations and products")
     parser.add_argument("--kill", nargs=2, metavar=("EVENT", "WHERE"), default=("", ""))
     parser.add_argument("--term", metavar="STEP")
     parser.add_argument("--hang", metavar="STEP")
@@ -84,8 +86,9 @@ def main() -> None:
     fsdp, expert = arguments.mesh
     with jax.set_mesh(make_mesh(fsdp=fsdp, expert=expert, devices=jax.devices()[: fsdp * expert])):
         optimizer = make_optimizer(OptimizerConfig(), warmup_stable_decay(1e-2, arguments.steps, warmup_steps=2))
-        graphdef, state = init_state(create_model(ModelConfig(CONFIG, None, None)), optimizer)
-        step_fn = make_train_step(graphdef, CONFIG, optimizer, StepConfig(microbatches=arguments.microbatches))
+        config = dataclasses.replace(CONFIG, dtype=arguments.dtype)
+        graphdef, state = init_state(create_model(ModelConfig(config, None, None)), optimizer)
+        step_fn = make_train_step(graphdef, config, optimizer, StepConfig(microbatches=arguments.microbatches))
         done = 0
 
         def step(state, batch):
@@ -100,8 +103,8 @@ def main() -> None:
             return step_fn(state, batch)
 
         with CheckpointManager(arguments.workdir / "checkpoints", {"seed": 0}, keep_last=1) as checkpoints:
-            config = LoopConfig(arguments.steps, checkpoint_every=arguments.every, hang_seconds=2 if arguments.hang else None)
-            train(state, step, RandomBatches(), config, workdir=arguments.workdir, checkpoints=checkpoints)
+            loop = LoopConfig(arguments.steps, checkpoint_every=arguments.every, hang_seconds=2 if arguments.hang else None)
+            train(state, step, RandomBatches(), loop, workdir=arguments.workdir, checkpoints=checkpoints)
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ class CheckpointManager:
 
     def __init__(self, directory: str | Path, identity: Mapping[str, Any], *, keep_last: int = 2, keep_every: int | None = None):
         if keep_last < 1:
-            raise CheckpointError(f"keep_last={keep_last} must be at least 1: the newest checkpoint is what a restart continues from.")
+            raise CheckpointError(f"keep_last={keep_last} must be at least 1: a restart continues from the newest; 2 survive damage to it.")
         self.directory = Path(directory).absolute()
         self._identity = json.loads(json.dumps(identity))
         first_alone(self._prepare)
@@ -222,7 +222,7 @@ class CheckpointManager:
             others = sorted(set(self._orbax.all_steps()) - {step})
             raise CheckpointError(
                 f"{self._where(step)} cannot be read ({failure_reason(error)}), though its files are as they were written. Look for what "
-                f"keeps this process from it (memory, file system, other versions of the libraries), or move it away to continue from an "
+                "keeps this process from it (memory, file system, other versions of the libraries), or move it away to continue from an "
                 f"earlier checkpoint (here: {others or 'none'})."
             ) from error
 

@@ -311,7 +311,8 @@ def _restore(
     if data is not None:
         if "data" not in restored.extras:
             raise CheckpointError(
-                f"the checkpoint of step {restored.step} in {checkpoints.directory} has no place in the data; choose another workdir."
+                f"the checkpoint of step {restored.step} in {checkpoints.directory} has no place in the data, so a run without one saved "
+                "it; choose another workdir."
             )
         data.restore(restored.extras["data"])
     return restored.state, restored.damaged

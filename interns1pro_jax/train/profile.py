@@ -22,7 +22,7 @@ class Profiler:
 
     def __init__(self, steps: tuple[int, int] | None, directory: Path):
         if steps is not None and not 1 <= steps[0] <= steps[1]:
-            raise ConfigError(f"LoopConfig.profile_steps={tuple(steps)} must be a first and a last step, counted from 1.")
+            raise ConfigError(f"LoopConfig.profile_steps={tuple(steps)} must be first and last, counted from 1; None traces nothing.")
         self._steps, self._directory, self._tracing = steps, directory, False
 
     def __enter__(self) -> Profiler:

@@ -45,7 +45,7 @@ class StepConfig:
             raise ConfigError(f"StepConfig.remat={self.remat!r} is unknown; use one of {', '.join(REMAT)}.")
         for name in ("moe_chunks", "microbatches"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"StepConfig.{name}={getattr(self, name)} must be at least 1.")
+                raise ConfigError(f"StepConfig.{name}={getattr(self, name)} must be at least 1; 1 does not divide.")
         if self.gradient_dtype not in _GRADIENT_DTYPES:
             raise ConfigError(
                 f"StepConfig.gradient_dtype={self.gradient_dtype!r} is not supported; use one of {', '.join(_GRADIENT_DTYPES)}."

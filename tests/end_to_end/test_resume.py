@@ -1,5 +1,6 @@
 """A run that is killed again and again gives the losses of a run that is not, to the bit, whatever moment the kill hits."""
 
+import shutil
 import signal
 import socket
 import subprocess
@@ -95,9 +96,20 @@ def test_a_process_that_dies_takes_the_other_along_and_one_alone_goes_on(tmp_pat
                 process.kill()
         assert processes[killed].returncode == -signal.SIGKILL, outputs
         assert processes[1 - killed].returncode != 0, outputs
-        assert [path.name for path in (workdir / "checkpoints").glob("[0-9]*") if path.name.isdecimal()] == ["00000003"]
+    assert [path.name for path in (workdir / "checkpoints").glob("[0-9]*") if path.name.isdecimal()] == ["00000003"]
     assert "continuing from the checkpoint of step 3" in finish(start(workdir, "--cache", cache), 0)
     process, expected = whole
     finish(process, 0)
     assert [record["step"] for record in records(workdir)] == list(range(1, 13))
     assert records(workdir) == records(expected)
+
+
+def test_another_mesh_and_accumulation_go_on_with_the_same_losses_up_to_rounding(tmp_path):
+    same, other, cache = tmp_path / "same", tmp_path / "other", ("--cache", str(tmp_path / "compiled"), "--dtype", "float32")
+    finish(start(same, *cache, "--kill", "step", "/7"), -signal.SIGKILL)
+    shutil.copytree(same, other)
+    finish(start(same, *cache), 0)
+    finish(start(other, *cache, "--mesh", "4", "1", "--microbatches", "2"), 0)
+    losses = [[record["loss"] for record in records(workdir)] for workdir in (same, other)]
+    assert losses[0][:6] == losses[1][:6] and losses[0][6:] != losses[1][6:]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
