@@ -77,18 +77,19 @@ def test_killed_and_continued_equals_uninterrupted(tmp_path, whole):
     np.testing.assert_equal(read_arrays(workdir), read_arrays(expected))
 
 
-def start_two(workdir: Path, cache: str, arguments: dict[int, tuple[str, ...]]) -> list[subprocess.Popen]:
+def start_two(workdir: Path, arguments: dict[int, tuple[str, ...]]) -> list[subprocess.Popen]:
+    """Without kept programs: only the first process keeps them, and one that compiles is not waited for as long as that may take."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    return [start(workdir, "--cache", cache, "--process", str(i), "2", address, *arguments.get(i, ())) for i in range(2)]
+    return [start(workdir, "--process", str(i), "2", address, *arguments.get(i, ())) for i in range(2)]
 
 
 def test_a_process_that_dies_takes_the_other_along_and_one_alone_goes_on(tmp_path, whole):
     """The other would wait for it for ever. What two processes began, one with the devices of both ends with the same numbers."""
-    workdir, cache = tmp_path / "two", str(tmp_path / "compiled")
+    workdir = tmp_path / "two"
     for killed, event in ((1, ("step", "/4")), (0, ("os.rename", "checkpoints/00000006"))):
-        processes = start_two(workdir, cache, {killed: ("--kill", *event)})
+        processes = start_two(workdir, {killed: ("--kill", *event)})
         try:
             outputs = [process.communicate(timeout=600)[0] for process in processes]
         finally:
@@ -97,7 +98,7 @@ def test_a_process_that_dies_takes_the_other_along_and_one_alone_goes_on(tmp_pat
         assert processes[killed].returncode == -signal.SIGKILL, outputs
         assert processes[1 - killed].returncode != 0, outputs
     assert [path.name for path in (workdir / "checkpoints").glob("[0-9]*") if path.name.isdecimal()] == ["00000003"]
-    assert "continuing from the checkpoint of step 3" in finish(start(workdir, "--cache", cache), 0)
+    assert "continuing from the checkpoint of step 3" in finish(start(workdir), 0)
     process, expected = whole
     finish(process, 0)
     assert [record["step"] for record in records(workdir)] == list(range(1, 13))
