@@ -17,7 +17,7 @@ from interns1pro_jax import config, sharding
 from interns1pro_jax.data import corpus, image_processing, mixture, packing, pipeline, plan
 from interns1pro_jax.expansion.assignment import ExpansionConfig
 from interns1pro_jax.infer import sampling
-from interns1pro_jax.optim import muon, optimizer, schedule
+from interns1pro_jax.optim import batch_warmup, muon, optimizer, schedule
 from interns1pro_jax.train.faults import FaultPolicy
 from interns1pro_jax.train.loop import LoopConfig
 from interns1pro_jax.train.objective import Objective
@@ -30,6 +30,7 @@ _DATACLASSES = (
     config.TimeSeriesConfig,
     config.FopeConfig,
     config.RouterConfig,
+    config.LoraConfig,
     sharding.MeshConfig,
     packing.RowSize,
     corpus.Corpus,
@@ -40,6 +41,7 @@ _DATACLASSES = (
     plan.PipelineConfig,
     sampling.Sampling,
     muon.MuonConfig,
+    batch_warmup.BatchWarmup,
     optimizer.OptimizerConfig,
     FaultPolicy,
     ExpansionConfig,

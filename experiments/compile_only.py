@@ -15,6 +15,7 @@ from interns1pro_jax.config import ConfigError, ModelConfig
 from interns1pro_jax.data.pipeline import AssembledRow, collate
 from interns1pro_jax.data.plan import PipelineConfig
 from interns1pro_jax.flops import GIB, hardware_of
+from interns1pro_jax.layers.lora import trained_kind
 from interns1pro_jax.optim.optimizer import OptimizerConfig, make_optimizer
 from interns1pro_jax.sharding import MeshConfig
 from interns1pro_jax.train import aot
@@ -49,7 +50,7 @@ def compile_step(
     hardware = hardware_of(mesh.topology) if mesh.topology else None
     target = target_mesh(mesh)
     with jax.set_mesh(target):
-        optim = make_optimizer(optimizer, schedule)
+        optim = make_optimizer(optimizer, schedule, trained_kind(model))
         graphdef, state = abstract_init(model, optim)
         batch = abstract_batch(collate([AssembledRow.empty(pipeline.row.tokens)], pipeline.row, model), pipeline.batch_size)
         needed = shard_bytes(state) + shard_bytes(state.params)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import json
 from collections.abc import Mapping, Sequence
@@ -33,9 +32,11 @@ from interns1pro_jax.data.validation import MEDIA, PackedExamples, Prompts, abla
 from interns1pro_jax.flops import Work
 from interns1pro_jax.infer.generate import generate
 from interns1pro_jax.infer.sampling import GREEDY, Sampling
+from interns1pro_jax.layers.lora import trained_kind
 from interns1pro_jax.models.inputs import Batch
 from interns1pro_jax.models.interns1pro import InternS1Pro, create_model
-from interns1pro_jax.optim.optimizer import Optimizer, OptimizerConfig, make_optimizer
+from interns1pro_jax.optim.batch_warmup import CONSTANT_BATCH, BatchWarmup, GrowingBatches
+from interns1pro_jax.optim.optimizer import OptimizerConfig, make_optimizer
 from interns1pro_jax.sharding import MeshConfig
 from interns1pro_jax.tokenizer import base
 from interns1pro_jax.tokenizer.base import Tokenizer
@@ -45,7 +46,7 @@ from interns1pro_jax.train.journal import Journal
 from interns1pro_jax.train.loop import LoopConfig, default_writers
 from interns1pro_jax.train.loop import train as train_loop
 from interns1pro_jax.train.metrics import Writer, replace
-from interns1pro_jax.train.objective import MEAN_OVER_TOKENS, Objective
+from interns1pro_jax.train.objective import MEAN_OVER_TOKENS, Metrics, Objective
 from interns1pro_jax.train.report import (
     OPERATIVE_CONFIG,
     CaptionLoss,
@@ -71,6 +72,7 @@ def train(
     loop: LoopConfig,
     step: StepConfig,
     objective: Objective = MEAN_OVER_TOKENS,
+    batch_warmup: BatchWarmup = CONSTANT_BATCH,
     compiler_options: Mapping[str, str] = MappingProxyType({}),
     weights: str | None = None,
     seed: int = 0,
@@ -120,7 +122,9 @@ def train(
     sources = corpus.open_sources()
     with jax.set_mesh(devices):
         rows = local_rows(corpus.pipeline.batch_size)
-        training = corpus.batches(model, tokenizer, sources, sharding.shards("batch"), rows)
+        plan = batch_warmup.plan(corpus.pipeline.batch_size * corpus.pipeline.row.tokens)
+        pipeline = corpus.batches(model, tokenizer, sources, sharding.shards("batch"), rows)
+        training = GrowingBatches(pipeline, plan, corpus.pipeline.batch_size // sharding.shards("batch"))
     documents = corpus.held_out_examples()
     examples = [example for examples in documents.values() for example in examples]
     held_out = PackedExamples(examples, model, corpus.pipeline)
@@ -135,7 +139,7 @@ def train(
     ablations = {medium: found for medium in MEDIA if (found := ablation(held_out.examples, model, corpus.pipeline, medium))}
 
     with jax.set_mesh(devices):
-        optim = make_optimizer(optimizer, schedule)
+        optim = make_optimizer(optimizer, schedule, trained_kind(model))
         network = create_model(model, seed)
         graphdef, state = init_state(network, optim, loop.faults)
         parameters = sum(x.size for x in jax.tree.leaves(state.params))
@@ -149,6 +153,26 @@ def train(
             replace(workdir / OPERATIVE_CONFIG, gin.operative_config_str().encode())
             return default_writers(workdir)
 
+        steps = {
+            factor: make_train_step(
+                graphdef,
+                model.text,
+                optim,
+                dataclasses.replace(step, microbatches=step.microbatches * factor),
+                loop.faults,
+                objective,
+                compiler_options=options,
+            )
+            for factor in plan.factors
+        }
+
+        def place(batch: Batch) -> Batch:
+            factor = len(batch.labels) // len(rows)
+            return place_batch(batch, training.rows(rows, factor), factor * corpus.pipeline.batch_size)
+
+        def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+            return steps[batch.labels.shape[0] // corpus.pipeline.batch_size](state, batch)
+
         beginnings = _beginnings(held_out, tokenizer, model, corpus)
 
         def evaluate(state: TrainState) -> dict[str, float]:
@@ -157,22 +181,22 @@ def train(
                 save_samples(workdir, int(state.step), written)
             return evaluation(state)
 
-        identity = run_identity(model, corpus, tokenizer.fingerprint, optimizer, objective, seed)
+        identity = run_identity(model, corpus, tokenizer.fingerprint, optimizer, objective, batch_warmup, seed)
         work = Work.of_step(model.text, corpus.pipeline.row.tokens, corpus.pipeline.batch_size, jax.devices()[0].device_kind, devices.size)
         data = {source.directory: source.manifest.fingerprint for source in sources}
         journal.manifest = run_manifest(gin.operative_config_str(), identity, data)
         with CheckpointManager(workdir / "checkpoints", identity, keep_last=keep_checkpoints) as checkpoints:
             if weights is not None and checkpoints.latest_step is None:
-                state = _start_from(state, Path(weights), model, optim)
+                state = _start_from(state, Path(weights), model)
             state = train_loop(
                 state,
-                make_train_step(graphdef, model.text, optim, step, loop.faults, objective, compiler_options=options),
+                train_step,
                 training,
                 loop,
                 workdir=workdir,
                 checkpoints=checkpoints,
                 data=training,
-                place=functools.partial(place_batch, rows=rows, batch_size=corpus.pipeline.batch_size),
+                place=place,
                 evaluate=evaluate,
                 writers=writers,
                 console=console,
@@ -216,26 +240,38 @@ def train(
             console.print(f"report: {report}")
 
 
-def _start_from(state: TrainState, directory: Path, model: ModelConfig, optimizer: Optimizer) -> TrainState:
-    """The state with the weights of a directory in place of the random ones, which go first: there may be no room for both."""
-    for leaf in jax.tree.leaves((state.params, state.buffers)):
+def _start_from(state: TrainState, directory: Path, model: ModelConfig) -> TrainState:
+    """The state with the weights of a directory in place of the random ones, which go first: there may be no room for both. What a released
+    checkpoint lacks stays random: a tower, and adapters."""
+    plain = dataclasses.replace(model, text=dataclasses.replace(model.text, lora=None))
+    released = (directory / "config.json").exists()
+    if released:
+        stored = ModelConfig.from_hf(directory)
+        absent = {name: None for name in ("vision", "time_series") if getattr(stored, name) is None}
+        plain = dataclasses.replace(plain, **absent)  # type: ignore[arg-type]
+    wanted = nnx.state(nnx.eval_shape(lambda: InternS1Pro(plain, rngs=nnx.Rngs(0))))
+    replaced = {path for path, _ in nnx.to_flat_state(wanted)}
+    parts = [dict(nnx.to_flat_state(part)) for part in (state.params, state.buffers)]
+    for leaf in jax.tree.leaves([[x for path, x in part.items() if path in replaced] for part in parts]):
         leaf.delete()
-    if (directory / "config.json").exists():
-        network = load_model(directory, model)
+    if released:
+        network = load_model(directory, plain)
     else:
         network, _ = read_weights(directory, dtype=model.text.dtype, param_dtype=model.text.param_dtype)
-        _check_same(model, network.config, directory)
-    params, buffers = optimizer.split(network)
+        _check_same(plain, network.config, directory)
+    found = dict(nnx.to_flat_state(nnx.state(network)))
+    params, buffers = (nnx.from_flat_state([(path, found.get(path, x)) for path, x in part.items()]) for part in parts)
     return dataclasses.replace(state, params=params, buffers=buffers)
 
 
 # What may differ between a recipe's model and the weights that it starts from: the run's own choices, and what changes no function.
-_OF_THE_RUN = ("dtype", "param_dtype", "router", "initializer_range", "bos_token_id", "eos_token_id")
+_OF_THE_RUN = ("dtype", "param_dtype", "expert_products", "lora", "router", "initializer_range", "bos_token_id", "eos_token_id")
 
 
 def _check_same(model: ModelConfig, stored: ModelConfig, directory: str | Path) -> None:
     differing = []
-    for part in ("text", "vision", "time_series"):
+    towers = [name for name in ("vision", "time_series") if getattr(stored, name) is not None]  # one that is absent begins at random
+    for part in ("text", *towers):
         ours, theirs = ({} if x is None else dataclasses.asdict(x) for x in (getattr(model, part), getattr(stored, part)))
         keys = sorted((ours.keys() | theirs.keys()) - set(_OF_THE_RUN))
         differing += [
@@ -246,7 +282,13 @@ def _check_same(model: ModelConfig, stored: ModelConfig, directory: str | Path) 
 
 
 def run_identity(
-    model: ModelConfig, corpus: Corpus, tokenizer: str, optimizer: OptimizerConfig, objective: Objective, seed: int
+    model: ModelConfig,
+    corpus: Corpus,
+    tokenizer: str,
+    optimizer: OptimizerConfig,
+    objective: Objective,
+    batch_warmup: BatchWarmup,
+    seed: int,
 ) -> dict[str, Any]:
     """What a run must have in common with the one whose checkpoint it continues: all that decides its batches and its state.
 
@@ -259,6 +301,7 @@ def run_identity(
         "pipeline": dataclasses.asdict(corpus.pipeline),
         "optimizer": dataclasses.asdict(optimizer),
         "objective": dataclasses.asdict(objective),
+        "batch_warmup": dataclasses.asdict(batch_warmup),
         "seed": seed,
     }
 

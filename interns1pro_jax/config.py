@@ -108,9 +108,38 @@ class RouterConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (arXiv:2106.09685), the only parameters that are trained then: W + alpha / rank * A B.
+
+    Attributes:
+      rank: columns of A, rows of B.
+      attention, experts: whether the four attention projections, and the experts' three, have adapters.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    attention: bool = True
+    experts: bool = True
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_positive("LoraConfig.rank", self.rank)
+        require(self.attention or self.experts, "LoraConfig.attention=False and LoraConfig.experts=False leave nothing to train.")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+@dataclasses.dataclass(frozen=True)
 class TextConfig:
     """The text decoder, spec section 2. Defaults are the released model's. Its ancestors have other sizes: no experts at all
-    (`num_experts=0`), one group of them, no Fourier encoding, or an embedding that is the output head too."""
+    (`num_experts=0`), one group of them, no Fourier encoding, or an embedding that is the output head too.
+
+    Attributes that the released config does not have:
+      expert_products: `dtype`, or `fp8` for the experts' products and their gradients in e4m3 (`ops.fp8`); all else stays in `dtype`.
+      lora: adapters; None for a model without.
+    """
 
     vocab_size: int = 155008
     hidden_size: int = 4096
@@ -138,9 +167,13 @@ class TextConfig:
     router: RouterConfig = RouterConfig()
     dtype: str = "bfloat16"
     param_dtype: str = "bfloat16"
+    expert_products: str = "dtype"
+    lora: LoraConfig | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
+        products = ("dtype", "fp8")
+        require(self.expert_products in products, f"TextConfig.expert_products={self.expert_products!r} is unknown; use one of {products}.")
         check_sizes(
             self, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
             "head_dim", "decoder_sparse_step", "max_position_embeddings",
@@ -411,7 +444,7 @@ def _text_format(family: Family, text: TextConfig) -> TextFormat:
 
 
 def _write_text(config: TextConfig, format: TextFormat) -> dict[str, Any]:
-    omitted = {"fope", "router", "param_dtype", *format.absent}
+    omitted = {"fope", "router", "lora", "expert_products", "param_dtype", *format.absent}
     text = {k: v for k, v in dataclasses.asdict(config).items() if k not in omitted}
     if "mlp_only_layers" in text:
         text["mlp_only_layers"] = list(config.mlp_only_layers)

@@ -17,6 +17,7 @@ from interns1pro_jax.checkpoint.integrity import RestoreArrays, RestoreJson, Sum
 from interns1pro_jax.checkpoint.manager import MANIFEST, STATE, CheckpointManager, failure_reason, named_leaves
 from interns1pro_jax.config import ModelConfig
 from interns1pro_jax.config_checks import from_dict
+from interns1pro_jax.layers.lora import Adapter, merged
 from interns1pro_jax.models.interns1pro import InternS1Pro
 from interns1pro_jax.processes import gather
 
@@ -24,7 +25,8 @@ from interns1pro_jax.processes import gather
 def read_weights(
     directory: str | Path, step: int | None = None, *, dtype: str | None = None, param_dtype: str | None = None
 ) -> tuple[InternS1Pro, int]:
-    """The model of a run's checkpoint, sharded over the mesh in force, and its step. The directory is only read: the run may go on.
+    """The model of a run's checkpoint, sharded over the mesh in force, and its step; adapters are merged. The directory is only read: the
+    run may go on.
 
     Args:
       directory: of the run's checkpoints (`WORKDIR/checkpoints`), or one made by `write_weights`.
@@ -71,6 +73,11 @@ def read_weights(
                 "fetch it again."
             ) from error
     state = jax.tree.unflatten(jax.tree.structure(abstract), [found[places[name]] for name in wanted])
+    if config.text.lora is not None:
+        params, (adapters, buffers) = state["params"], nnx.split_state(state["buffers"], Adapter, ...)
+        config, params = merged(config, params, adapters)
+        plain = nnx.eval_shape(lambda: InternS1Pro(config, rngs=nnx.Rngs(0)))
+        return nnx.merge(nnx.graphdef(plain), params, buffers), step
     return nnx.merge(nnx.graphdef(model), state["params"], state["buffers"]), step
 
 
@@ -95,6 +102,7 @@ def _placed(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 
 
 def _place_of(name: str, saved: Collection[str]) -> str:
-    """Where a run has saved an array of the model: a parameter that it did not train lies beside the buffers."""
-    frozen = "buffers/" + name.removeprefix("params/")
-    return frozen if name not in saved and frozen in saved else name
+    """Where a run has saved an array of the model: what it did not train lies beside the buffers, adapters among the parameters."""
+    kind, _, rest = name.partition("/")
+    other = {"params": "buffers", "buffers": "params"}[kind] + "/" + rest
+    return other if name not in saved and other in saved else name

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from interns1pro_jax import sharding
 from interns1pro_jax.config import TextConfig
+from interns1pro_jax.layers.lora import AttentionAdapters
 from interns1pro_jax.layers.parameter import normal, ones, parameter, zeros
 from interns1pro_jax.ops import projection
 from interns1pro_jax.ops.attention import OPERANDS, dot_product_attention
@@ -65,6 +66,8 @@ class Attention(nnx.Module):
             self.o_bias_D = parameter(rngs, zeros, (d,), (None,), dtype)
         self.q_norm_H = parameter(rngs, ones, (h,), (None,), dtype)
         self.k_norm_H = parameter(rngs, ones, (h,), (None,), dtype)
+        lora = config.lora
+        self.lora = None if lora is None or not lora.attention else AttentionAdapters(config, lora, rngs=rngs)
 
     def __call__(
         self, x_BTD: Float[Array, "B T D"], context: AttentionContext, cache: LayerCache | None = None
@@ -72,13 +75,15 @@ class Attention(nnx.Module):
         """Causal attention within documents; with a cache, over its slots (which this pass's keys and values join first)."""
         cfg, dtype = self.config, x_BTD.dtype
 
-        def project(kernel: nnx.Variable, bias: str) -> jax.Array:
-            y = projection.project("btd,dnh->btnh", x_BTD, kernel[...])
+        def project(name: str, formula: str, x_BT: jax.Array, kernel: nnx.Variable, bias: str) -> jax.Array:
+            y = projection.project(formula, x_BT, kernel[...])
+            y = y if self.lora is None else y + getattr(self.lora, name)(x_BT)
             return y + getattr(self, bias)[...].astype(dtype) if cfg.attention_bias else y
 
-        q = rms_norm(project(self.q_DQH, "q_bias_QH"), self.q_norm_H[...], cfg.rms_norm_eps)
-        k = rms_norm(project(self.k_DKH, "k_bias_KH"), self.k_norm_H[...], cfg.rms_norm_eps)
-        v = project(self.v_DKH, "v_bias_KH")
+        into_heads = "btd,dnh->btnh"
+        q = rms_norm(project("q", into_heads, x_BTD, self.q_DQH, "q_bias_QH"), self.q_norm_H[...], cfg.rms_norm_eps)
+        k = rms_norm(project("k", into_heads, x_BTD, self.k_DKH, "k_bias_KH"), self.k_norm_H[...], cfg.rms_norm_eps)
+        v = project("v", into_heads, x_BTD, self.v_DKH, "v_bias_KH")
         q = apply_rotary(q, context.cos, context.sin)
         k = apply_rotary(k, context.cos, context.sin)
         # A reshape does not always show where its result lives: not with one token or one row.
@@ -103,5 +108,4 @@ class Attention(nnx.Module):
                 causal=True,
             )
             out = sharding.constrain(out, "batch", "sequence", None, None)
-        y = projection.project("btqh,qhd->btd", out, self.o_QHD[...])
-        return (y + self.o_bias_D[...].astype(dtype) if cfg.attention_bias else y), cache
+        return project("o", "btqh,qhd->btd", out, self.o_QHD, "o_bias_D"), cache

@@ -29,10 +29,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from interns1pro_jax import sharding
 from interns1pro_jax.config import ConfigError, TextConfig
+from interns1pro_jax.layers.lora import ExpertAdapters
 from interns1pro_jax.layers.parameter import normal, parameter
 from interns1pro_jax.layers.router import Router, RouterStats, Routing
-from interns1pro_jax.ops.grouped_matmul import grouped_matmul
-from interns1pro_jax.ops.grouped_swiglu import grouped_swiglu
+from interns1pro_jax.ops.expert_products import EXPERT_PRODUCTS, ExpertProducts, with_adapters
 from interns1pro_jax.ops.permutation import combine, destinations, dispatch, make_plan, permute_slots
 from interns1pro_jax.ops.varying import as_varying, varying_axes
 from pallas_kernels.routing_reference import CHUNK
@@ -58,6 +58,8 @@ class Moe(nnx.Module):
         self.router = Router(config, rngs=rngs)
         self.wi_EDF = parameter(rngs, init, (e, d, 2 * f), ("expert", "expert_embed", None), config.param_dtype)
         self.wo_EFD = parameter(rngs, init, (e, f, d), ("expert", None, "expert_embed"), config.param_dtype)
+        lora = config.lora
+        self.lora = None if lora is None or not lora.experts else ExpertAdapters(config, lora, rngs=rngs)
 
     def __call__(
         self,
@@ -74,10 +76,18 @@ class Moe(nnx.Module):
         routing, stats, logits = self.router(x_BTD, valid_BT=valid_BT, replay_BTGC=replay_BTGC, probe=probe)
         if experts is None:
             experts = ExpertStack(self.wi_EDF[...][None], self.wo_EFD[...][None], jnp.int32(0))
-        return expert_parallel_mlp(x_BTD, routing, experts, chunks), routing, stats, logits
+        adapters, products = self.lora, EXPERT_PRODUCTS[self.config.expert_products]
+        return expert_parallel_mlp(x_BTD, routing, experts, chunks, products, adapters), routing, stats, logits
 
 
-def expert_parallel_mlp(x_BTD: Float[Array, "B T D"], routing: Routing, experts: ExpertStack, chunks: int = 1) -> Float[Array, "B T D"]:
+def expert_parallel_mlp(
+    x_BTD: Float[Array, "B T D"],
+    routing: Routing,
+    experts: ExpertStack,
+    chunks: int = 1,
+    products: ExpertProducts = EXPERT_PRODUCTS["dtype"],
+    adapters: ExpertAdapters | None = None,
+) -> Float[Array, "B T D"]:
     """Sum over each token's experts of `weight * down(silu(gate x) * up x)`, computed where the experts are.
 
     Batch over (data, fsdp, expert), sequence over context; experts over (expert, fsdp). The weight is applied before the down
@@ -98,19 +108,29 @@ def expert_parallel_mlp(x_BTD: Float[Array, "B T D"], routing: Routing, experts:
         )
     batch, sequence = sharding.RULES["batch"], sharding.RULES["sequence"]
     return jax.shard_map(
-        partial(_local_mlp, ranks=sharding.axis_size("expert"), gathers=sharding.axis_size("fsdp") > 1, chunks=chunks),
+        partial(
+            _local_mlp,
+            ranks=sharding.axis_size("expert"),
+            gathers=sharding.axis_size("fsdp") > 1,
+            chunks=chunks,
+            products=products,
+            scale=0.0 if adapters is None else adapters.scale,
+        ),
         in_specs=(
             PartitionSpec(batch, sequence, None),
             Routing.specs(),
             PartitionSpec(None, "expert", "fsdp", None),
             PartitionSpec(None, "expert", None, "fsdp"),
             PartitionSpec(),
+            PartitionSpec() if adapters is None else tuple(jax.typeof(x).sharding.spec for x in adapters.arrays()),
         ),
         out_specs=PartitionSpec(batch, sequence, None),
-    )(x_BTD, routing, experts.wi_LEDF, experts.wo_LEFD, experts.layer)
+    )(x_BTD, routing, experts.wi_LEDF, experts.wo_LEFD, experts.layer, None if adapters is None else adapters.arrays())
 
 
-def _local_mlp(x_BTD, routing: Routing, wi_LEDF, wo_LEFD, layer, *, ranks: int, gathers: bool, chunks: int):
+def _local_mlp(
+    x_BTD, routing: Routing, wi_LEDF, wo_LEFD, layer, adapters, *, ranks: int, gathers: bool, chunks: int, products, scale: float
+):
     """One device's part; arguments are its shards."""
     b, t, d = x_BTD.shape
     own_experts = wi_LEDF.shape[1]
@@ -126,8 +146,13 @@ def _local_mlp(x_BTD, routing: Routing, wi_LEDF, wo_LEFD, layer, *, ranks: int, 
         wi = jax.lax.all_gather(wi, "fsdp", axis=2, tiled=True)
         wo = jax.lax.all_gather(wo, "fsdp", axis=3, tiled=True)
     wi, wo = wi.reshape(-1, *wi.shape[2:]), wo.reshape(-1, *wo.shape[2:])
+    if adapters is not None:
+        wi_a, wi_b, wo_a, wo_b = (as_varying(w.astype(x_BTD.dtype), varying_axes(x_BTD)) for w in adapters)
+        with jax.named_scope("adapter_all_gather"):
+            wi_a, wo_b = jax.lax.all_gather(wi_a, "fsdp", axis=1, tiled=True), jax.lax.all_gather(wo_b, "fsdp", axis=2, tiled=True)
+        products = with_adapters(products, (wi_a, wi_b), (wo_a, wo_b), scale)
 
-    mlp = partial(_chunk_mlp, wi=wi, wo=wo, ranks=ranks, own_experts=own_experts, offset=offset)
+    mlp = partial(_chunk_mlp, wi=wi, wo=wo, products=products, ranks=ranks, own_experts=own_experts, offset=offset)
     per_token = (x.reshape(b * t, *x.shape[2:]) for x in (x_BTD, routing.ids_BTGC, routing.ranks_BTGC, routing.weights_BTGC))
     tokens = *per_token, routing.counts_NE
     if chunks == 1:
@@ -136,7 +161,7 @@ def _local_mlp(x_BTD, routing: Routing, wi_LEDF, wo_LEFD, layer, *, ranks: int, 
     return jax.lax.map(jax.checkpoint(mlp, prevent_cse=False), parts).reshape(b, t, d)
 
 
-def _chunk_mlp(tokens, *, wi, wo, ranks: int, own_experts: int, offset):
+def _chunk_mlp(tokens, *, wi, wo, products: ExpertProducts, ranks: int, own_experts: int, offset):
     """Some tokens of every device of the expert axis through the experts of this one, and back; `tokens` are this device's, with
     their routing."""
     x_TD, ids_TGC, ranks_TGC, weights_TGC, counts_NE = tokens
@@ -153,7 +178,7 @@ def _chunk_mlp(tokens, *, wi, wo, ranks: int, own_experts: int, offset):
     plan = make_plan(dest_NS, jax.lax.dynamic_slice_in_dim(sizes_RE.sum(0), rank * own_experts, own_experts))
 
     rows_MD = dispatch(x_ND, plan)
-    hidden_MF = grouped_swiglu(rows_MD, wi, permute_slots(weights_NS, plan), plan.group_sizes_G, group_offset=offset)
-    out_ND = combine(grouped_matmul(hidden_MF, wo, plan.group_sizes_G, group_offset=offset), plan)
+    hidden_MF = products.swiglu(rows_MD, wi, permute_slots(weights_NS, plan), plan.group_sizes_G, group_offset=offset)
+    out_ND = combine(products.product(hidden_MF, wo, plan.group_sizes_G, group_offset=offset), plan)
     with jax.named_scope("token_reduce_scatter"):
         return jax.lax.psum_scatter(out_ND, "expert", tiled=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -16,6 +17,7 @@ from interns1pro_jax.config import ConfigError, TextConfig
 from interns1pro_jax.layers.decoder import REMAT
 from interns1pro_jax.models.inputs import Batch
 from interns1pro_jax.ops.losses import IGNORED, ordered_sums, token_log_probs
+from interns1pro_jax.optim.batch_warmup import noise_estimates
 from interns1pro_jax.optim.optimizer import Optimizer
 from interns1pro_jax.train.faults import STOP_IF_NOT_FINITE, FaultPolicy, remember
 from interns1pro_jax.train.objective import MEAN_OVER_TOKENS, Counts, Metrics, Objective, Sums, counts_beforehand, loss_function, metrics_of
@@ -33,12 +35,14 @@ class StepConfig:
       moe_chunks: parts in which a device's tokens go through the experts (`layers.moe.expert_parallel_mlp`).
       microbatches: parts of the batch that are computed one after the other; their gradients add up to those of the batch.
       gradient_dtype: in which they add up.
+      noise_scale: measure the gradient noise (`optim.batch_warmup.noise_estimates`) from the gradients of the microbatches.
     """
 
     remat: str = "none"
     moe_chunks: int = 1
     microbatches: int = 1
     gradient_dtype: str = "float32"
+    noise_scale: bool = False
 
     def __post_init__(self) -> None:
         if self.remat not in REMAT:
@@ -46,6 +50,10 @@ class StepConfig:
         for name in ("moe_chunks", "microbatches"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"StepConfig.{name}={getattr(self, name)} must be at least 1; 1 does not divide.")
+        if self.noise_scale and self.microbatches == 1:
+            raise ConfigError(
+                f"StepConfig.noise_scale=True needs microbatches={self.microbatches} to be 2 or more: it compares their gradients."
+            )
         if self.gradient_dtype not in _GRADIENT_DTYPES:
             raise ConfigError(
                 f"StepConfig.gradient_dtype={self.gradient_dtype!r} is not supported; use one of {', '.join(_GRADIENT_DTYPES)}."
@@ -99,17 +107,22 @@ def make_train_step(
                 stats = jax.lax.map(lambda part: value(state.params, probe_L, part, counts)[1].stats, parts)
                 counts = dataclasses.replace(counts, load_LE=stats.load_E.sum(0))
 
-            def add_part(total: Any, part: Batch) -> tuple[Any, Sums]:
+            def add_part(total: Any, part: Batch) -> tuple[Any, tuple[Sums, jax.Array]]:
                 (loss, sums), gradients = gradient(state.params, probe_L, part, counts)
-                return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, (loss, gradients)), sums
+                square = optax.tree.norm(gradients[0], squared=True) if step_config.noise_scale else jnp.float32(0)
+                return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, (loss, gradients)), (sums, square)
 
             zeros = jnp.float32(0), (jax.tree.map(lambda p: jnp.zeros_like(p, step_config.gradient_dtype), state.params), probe_L)
-            (loss, (grads, squares_L)), sums = jax.lax.scan(add_part, zeros, parts)
+            (loss, (grads, squares_L)), (sums, squares) = jax.lax.scan(add_part, zeros, parts)
             sums = Sums(sums.loss.sum(), sums.labels.sum(), None if sums.stats is None else sums.stats.over_rows(0))
         metrics = metrics_of(config, sums)
         limits = faults.limits(state.history)
         update = optimizer.update(grads, state.opt_state, state.params, state.step, loss, limits)
         metrics |= {"grad_norm": update.grad_norm, "learning_rate": update.learning_rate, "applied": update.applied, "limits": limits}
+        if step_config.noise_scale:
+            # Each part has its share of the sum: the gradient of its own mean is as many times larger as there are parts.
+            true, variance = noise_estimates(microbatches**2 * squares.mean(), update.grad_norm**2, microbatches)
+            metrics |= {"noise/true_gradient_square": true, "noise/gradient_variance": variance}
         if config.num_moe_layers:
             metrics["router/unselected_grad"] = jnp.sqrt(squares_L)
             metrics["router/unselected_grad_norm"] = jnp.sqrt(squares_L.sum())

@@ -13,13 +13,16 @@ from interns1pro_jax.data.mixture import CurriculumStage, Source
 from interns1pro_jax.data.packing import RowSize
 from interns1pro_jax.data.pipeline import ReadConfig
 from interns1pro_jax.data.plan import PipelineConfig
+from interns1pro_jax.optim.batch_warmup import BatchWarmup
 from interns1pro_jax.optim.optimizer import OptimizerConfig
 from interns1pro_jax.train.objective import Objective
 
 CORPUS = Corpus("tokenizer.json", [Source("text", 1.0)], PipelineConfig(RowSize(128, patches=32)))
 MODEL = ModelConfig(TextConfig(vocab_size=64), None, None)
 SMALLER = dataclasses.replace(CORPUS, pipeline=dataclasses.replace(CORPUS.pipeline, row=RowSize(64, patches=32)))
-RUN = dict(model=MODEL, corpus=CORPUS, tokenizer="0", optimizer=OptimizerConfig(), objective=Objective(), seed=0)
+RUN = dict(
+    model=MODEL, corpus=CORPUS, tokenizer="0", optimizer=OptimizerConfig(), objective=Objective(), batch_warmup=BatchWarmup(), seed=0
+)
 
 
 @pytest.mark.parametrize(
