@@ -11,6 +11,7 @@ CORE = [
     "grain>=0.2.18",
     "tensorstore>=0.1.80",
     "numpy>=2.0",
+    "scipy>=1.13",
     "absl-py>=2.0",
     "gin-config>=0.5.0",
     "jaxtyping>=0.3",
