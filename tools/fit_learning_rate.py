@@ -14,6 +14,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     arguments.output.mkdir(parents=True, exist_ok=True)
-    content = {"law": dataclasses.asdict(law), "peak": plan.peak, "decay_fraction": plan.decay_fraction, "loss": plan.loss}
+    content: dict[str, Any] = {"law": dataclasses.asdict(law), "peak": plan.peak, "decay_fraction": plan.decay_fraction, "loss": plan.loss}
     content |= {"bound": plan.bound, "free_rates": plan.free_rates.tolist()}
     if arguments.check is not None:
         rates, losses = runs[f"check: {arguments.check.name}"] = _read(arguments.check)

@@ -16,7 +16,7 @@ from tools import average_checkpoints
 
 def test_average_of_two_of_three(tmp_path, mesh, capsys):
     config = text_only(num_hidden_layers=1)
-    graph, first = nnx.split(create_model(config))
+    _, first = nnx.split(create_model(config))
     identity = {"model": json.loads(json.dumps(dataclasses.asdict(config)))}
     with CheckpointManager(tmp_path / "run", identity, keep_last=3) as manager:
         for step, factor in ((1, 100.0), (2, 1.0), (3, 2.0)):
