@@ -78,7 +78,7 @@ class PipelineBatches(Protocol):
     def __getitem__(self, step: int, /) -> Any: ...
     def state(self, step: int) -> Mapping[str, Any]: ...
     def restore(self, state: Mapping[str, Any]) -> None: ...
-    def metrics(self) -> Mapping[str, float]: ...
+    def metrics(self, step: int) -> Mapping[str, float]: ...
 
 
 class GrowingBatches:
@@ -112,8 +112,8 @@ class GrowingBatches:
     def restore(self, state: Mapping[str, Any]) -> None:
         self._batches.restore(state)
 
-    def metrics(self) -> Mapping[str, float]:
-        return self._batches.metrics()
+    def metrics(self, step: int) -> Mapping[str, float]:
+        return self._batches.metrics(self._plan.first(step))
 
 
 def noise_estimates(squares: Float[Array, ""], square: Float[Array, ""], parts: int) -> tuple[Float[Array, ""], Float[Array, ""]]:
