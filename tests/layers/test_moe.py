@@ -12,9 +12,9 @@ from flax import nnx
 
 from interns1pro_jax import sharding
 from interns1pro_jax.config import ConfigError
-from interns1pro_jax.layers import moe
 from interns1pro_jax.layers.moe import ExpertStack, Moe, expert_parallel_mlp
 from interns1pro_jax.layers.router import route_tokens
+from interns1pro_jax.ops.expert_products import EXPERT_PRODUCTS, ExpertProducts
 from interns1pro_jax.sharding import make_mesh
 from pallas_kernels.routing_reference import CHUNK
 from tests.tiny import text_config
@@ -51,13 +51,13 @@ def routing_of(ids, w):
     return dataclasses.replace(routing, weights_BTGC=place(w, "batch", "sequence", None, None))
 
 
-@partial(jax.jit, static_argnames="chunks")
-def layer(x, ids, w, wi, wo, chunks=1):
+@partial(jax.jit, static_argnames=("chunks", "products"))
+def layer(x, ids, w, wi, wo, chunks=1, products=EXPERT_PRODUCTS["dtype"]):
     routing = routing_of(ids, w)
     stack = ExpertStack(
         place(wi[None], None, "expert", "expert_embed", None), place(wo[None], None, "expert", None, "expert_embed"), jnp.int32(0)
     )
-    return expert_parallel_mlp(place(x, "batch", "sequence", None), routing, stack, chunks)
+    return expert_parallel_mlp(place(x, "batch", "sequence", None), routing, stack, chunks, products)
 
 
 def by_definition(x, ids, w, wi, wo):
@@ -80,7 +80,7 @@ def test_equals_its_definition_for_any_routing(mesh_sizes):
 
 
 @pytest.mark.parametrize("mesh_sizes", MESHES[1:], ids=str)
-def test_rows_per_device_are_tokens_times_k_over_groups(mesh_sizes, monkeypatch):
+def test_rows_per_device_are_tokens_times_k_over_groups(mesh_sizes):
     """What each device multiplies, whatever the routing: a static number of rows, all of them assigned to its experts."""
     assigned: list[int] = []
     shapes: set[int] = set()
@@ -93,16 +93,15 @@ def test_rows_per_device_are_tokens_times_k_over_groups(mesh_sizes, monkeypatch)
 
         return count
 
-    for name in ("grouped_swiglu", "grouped_matmul"):
-        monkeypatch.setattr(moe, name, counted(getattr(moe, name)))
+    exact = EXPERT_PRODUCTS["dtype"]
+    products = ExpertProducts(counted(exact.swiglu), counted(exact.product))
     with jax.set_mesh(make_mesh(**mesh_sizes)):
         ranks, devices = sharding.axis_size("expert"), 8
         rows = (8 * 6 * ranks // devices) * GROUPS // ranks  # tokens of an expert group's devices, times the groups of one
         x, w = np.zeros((8, 6, D), np.float32), np.ones((8, 6, GROUPS, 1), np.float32)
-        run = jax.jit(layer.__wrapped__)
         for name, ids in routings().items():
             assigned.clear()
-            jax.block_until_ready(run(x, ids, w, *weights()))
+            jax.block_until_ready(layer(x, ids, w, *weights(), products=products))
             jax.effects_barrier()
             assert shapes == {rows} and assigned == [rows] * devices * 2, name  # two products on each device
 
