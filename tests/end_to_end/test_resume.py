@@ -86,7 +86,7 @@ def start_two(workdir: Path, arguments: dict[int, tuple[str, ...]]) -> list[subp
 
 
 def test_a_process_that_dies_takes_the_other_along_and_one_alone_goes_on(tmp_path, whole):
-    """The other would wait for it for ever. What two processes began, one with the devices of both ends with the same numbers."""
+    """The other would wait for it for ever. What two processes began, one with the devices of both ends with the same losses."""
     workdir = tmp_path / "two"
     for killed, event in ((1, ("step", "/4")), (0, ("os.rename", "checkpoints/00000006"))):
         processes = start_two(workdir, {killed: ("--kill", *event)})
@@ -102,7 +102,8 @@ def test_a_process_that_dies_takes_the_other_along_and_one_alone_goes_on(tmp_pat
     process, expected = whole
     finish(process, 0)
     assert [record["step"] for record in records(workdir)] == list(range(1, 13))
-    assert records(workdir) == records(expected)
+    for found, wanted in zip(records(workdir), records(expected), strict=True):
+        assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-5)  # gloo adds the numbers of processes in an order of its own
 
 
 def test_another_mesh_and_accumulation_go_on_with_the_same_losses_up_to_rounding(tmp_path):
