@@ -103,7 +103,7 @@ def test_a_process_that_dies_takes_the_other_along_and_one_alone_goes_on(tmp_pat
     finish(process, 0)
     assert [record["step"] for record in records(workdir)] == list(range(1, 13))
     for found, wanted in zip(records(workdir), records(expected), strict=True):
-        assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-5)  # gloo adds the numbers of processes in an order of its own
+        assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-3)  # in bfloat16; gloo adds in an order of its own
 
 
 def test_another_mesh_and_accumulation_go_on_with_the_same_losses_up_to_rounding(tmp_path):
