@@ -22,6 +22,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info
 from pallas_kernels.chips import Chip
 
 LANES = 128
+_UNROLLED = 4  # rows up to which there is no loop, whose body would have to copy what it reads, writes and keeps for the backward pass
 _MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 _NO_SEGMENT = jnp.iinfo(jnp.int32).max
 
@@ -64,6 +65,7 @@ def attention(
     causal: bool,
     scale: float,
     tiling: Tiling,
+    runs: int = 1,
     name: str | None = None,
     interpret: bool = False,
 ) -> jax.Array:
@@ -73,16 +75,19 @@ def attention(
       q_segment_BT, kv_segment_BS: a query sees keys of its own segment; 0 is padding, whose result is zero.
       q_index_BT: where each query stands among the keys: key `q_index` is its own, of the same segment.
       causal: a query sees keys up to its own only.
+      runs: equal parts of the queries that follow each other in the array but not in the row; no block spans two of them, which would
+        have it visit all the keys between.
       name: for rematerialisation policies: what the backward needs of the forward is saved under this name.
 
-    T and S must be multiples of 128. Inside `jax.shard_map` it needs `check_vma=False`: splash does not type its results.
+    T / runs and S must be multiples of 128. Inside `jax.shard_map` it needs `check_vma=False`: splash does not type its results.
     """
-    T, S, H = q_BTQH.shape[1], k_BSKH.shape[1], q_BTQH.shape[3]
-    sizes = _block_sizes(T, S, tiling)
-    scaled = (q_BTQH.astype(jnp.float32) * scale).astype(q_BTQH.dtype)
+    T, S = q_BTQH.shape[1], k_BSKH.shape[1]
+    sizes = _block_sizes(T // runs, S, tiling)
+    # Scores are scaled by way of the keys, which are fewer than the queries where heads are grouped.
+    scaled = (k_BSKH.astype(jnp.float32) * scale).astype(k_BSKH.dtype)
 
     def row(arrays: tuple[jax.Array, ...]) -> jax.Array:
-        q_TQH, k_SKH, v_SKH, q_segment_T, kv_segment_S, q_index_T = arrays
+        q_QTH, k_KSH, v_KSH, q_segment_T, kv_segment_S, q_index_T = arrays
 
         def seen(queries: int | None, keys: int | None) -> jax.Array:
             assert queries is not None and keys is not None
@@ -103,14 +108,17 @@ def attention(
             mask_function=_up_to_own if causal else None,
             interpret=interpret,
         )
-        heads_first = (jnp.swapaxes(x, 0, 1) for x in (q_TQH, k_SKH, v_SKH))
-        out_QTH = kernel(*heads_first, segment_ids=SegmentIds(q_segment_T, kv_segment_S))
+        out_QTH = kernel(q_QTH, k_KSH, v_KSH, segment_ids=SegmentIds(q_segment_T, kv_segment_S))
         assert isinstance(out_QTH, jax.Array)  # no residuals
-        return jnp.where((q_segment_T > 0)[:, None, None], jnp.swapaxes(out_QTH, 0, 1), 0)
+        return out_QTH
 
-    arrays = (scaled, k_BSKH, v_BSKH, q_segment_BT, kv_segment_BS, q_index_BT)
-    out = row(tuple(x[0] for x in arrays))[None] if len(q_BTQH) == 1 else jax.lax.map(row, arrays)
-    return out.reshape(-1, T, q_BTQH.shape[2], H)
+    # Outside the loop over rows is all that need not be in it: what it keeps for the backward pass it copies.
+    heads_first = (jnp.swapaxes(x, 1, 2) for x in (q_BTQH, scaled, v_BSKH))
+    arrays = (*heads_first, q_segment_BT, kv_segment_BS, q_index_BT)
+    rows = len(q_BTQH)
+    one_by_one = rows <= _UNROLLED
+    out_BQTH = jnp.stack([row(tuple(x[i] for x in arrays)) for i in range(rows)]) if one_by_one else jax.lax.map(row, arrays)
+    return jnp.where((q_segment_BT > 0)[:, :, None, None], jnp.swapaxes(out_BQTH, 1, 2), 0)
 
 
 def _block_sizes(queries: int, keys: int, tiling: Tiling) -> BlockSizes:

@@ -23,20 +23,22 @@ Interpret = bool | pltpu.InterpretParams
 
 def grouped_matmul(
     lhs_MK: jax.Array,
-    rhs_GKN: jax.Array,
+    rhs: jax.Array,
     group_sizes_G: jax.Array,
     *,
+    transposed: bool = False,
     group_offset: int | jax.Array | None = None,
     preferred_element_type: jnp.dtype | None = None,
     chip: Chip | None = None,
     interpret: Interpret = False,
 ) -> jax.Array:
-    """Each row times the matrix of its group, accumulated in float32. Differentiable in `lhs_MK` and `rhs_GKN`.
+    """Each row times the matrix of its group, accumulated in float32. Differentiable in `lhs_MK` and `rhs`.
 
     Args:
       lhs_MK: rows sorted by group; bfloat16 or float32, K and N multiples of 128.
-      rhs_GKN: one matrix per group, of the same dtype; more than `group_sizes_G` has groups if they are part of a longer stack.
+      rhs: one matrix [K, N] per group, of the same dtype; more than `group_sizes_G` has groups if they are part of a longer stack.
       group_sizes_G: rows of each group; they must sum to M. Empty groups get a gradient of exactly zero.
+      transposed: the matrices are given as [N, K].
       group_offset: matrix of the first group.
       preferred_element_type: dtype of the result; default that of `lhs_MK`.
       chip: what to tile for; default the chip of the mesh in force or of the default device.
@@ -49,7 +51,7 @@ def grouped_matmul(
       ValueError: ranks, shapes or sizes do not fit together, K or N is no multiple of 128, or the current device is no supported TPU.
       TypeError: dtypes that the kernels do not take.
     """
-    check_operands(lhs_MK, rhs_GKN, group_sizes_G, group_offset)
+    check_operands(lhs_MK, rhs, group_sizes_G, group_offset, transposed=transposed)
     chip = chip or current_chip()
     if chip is None:
         raise ValueError(
@@ -58,7 +60,7 @@ def grouped_matmul(
         )
     dtype = jnp.dtype(preferred_element_type or lhs_MK.dtype)
     offset = jnp.asarray(0 if group_offset is None else group_offset, jnp.int32)
-    return _grouped_matmul((dtype, chip, interpret), lhs_MK, rhs_GKN, group_sizes_G.astype(jnp.int32), offset)
+    return _grouped_matmul((dtype, chip, interpret), transposed, lhs_MK, rhs, group_sizes_G.astype(jnp.int32), offset)
 
 
 def grouped_matmul_reference(
@@ -77,25 +79,28 @@ def grouped_matmul_reference(
     return jnp.einsum("gmn,mg->mn", products_GMN, mine_MG.astype(jnp.float32)).astype(preferred_element_type or lhs_MK.dtype)
 
 
-def check_operands(lhs_MK: jax.Array, rhs_GKN: jax.Array, group_sizes_G: jax.Array, group_offset: int | jax.Array | None) -> None:
+def check_operands(
+    lhs_MK: jax.Array, rhs_GKN: jax.Array, group_sizes_G: jax.Array, group_offset: int | jax.Array | None, *, transposed: bool = False
+) -> None:
     """Raises ValueError or TypeError with what is wrong, what it is and what to do."""
-    check_shapes(lhs_MK, rhs_GKN, group_sizes_G, group_offset)
+    check_shapes(lhs_MK, rhs_GKN, group_sizes_G, group_offset, transposed=transposed)
     if lhs_MK.dtype not in (jnp.bfloat16, jnp.float32) or rhs_GKN.dtype != lhs_MK.dtype:
         raise TypeError(f"lhs_MK and rhs_GKN must both be bfloat16 or both float32, got {lhs_MK.dtype} and {rhs_GKN.dtype}; cast them.")
 
 
-def check_shapes(lhs_MK: jax.Array, rhs_GKN: jax.Array, group_sizes_G: jax.Array, group_offset: int | jax.Array | None) -> None:
+def check_shapes(
+    lhs_MK: jax.Array, rhs_GKN: jax.Array, group_sizes_G: jax.Array, group_offset: int | jax.Array | None, *, transposed: bool = False
+) -> None:
     """Raises ValueError or TypeError if rows, matrices and sizes do not fit together, whatever the operands' dtypes."""
     for name, x, rank in (("lhs_MK", lhs_MK, 2), ("rhs_GKN", rhs_GKN, 3), ("group_sizes_G", group_sizes_G, 1)):
         if x.ndim != rank:
             raise ValueError(f"{name} must have rank {rank}, got shape {x.shape}.")
     if not jnp.issubdtype(group_sizes_G.dtype, jnp.integer):
         raise TypeError(f"group_sizes_G must be integers, got {group_sizes_G.dtype}.")
-    if lhs_MK.shape[1] != rhs_GKN.shape[1]:
-        raise ValueError(
-            f"rows have {lhs_MK.shape[1]} elements but matrices have {rhs_GKN.shape[1]} rows: {lhs_MK.shape}, {rhs_GKN.shape}."
-        )
-    for name, size in (("K", rhs_GKN.shape[1]), ("N", rhs_GKN.shape[2])):
+    depth, columns = rhs_GKN.shape[:0:-1] if transposed else rhs_GKN.shape[1:]
+    if lhs_MK.shape[1] != depth:
+        raise ValueError(f"rows have {lhs_MK.shape[1]} elements but matrices have {depth} rows: {lhs_MK.shape}, {rhs_GKN.shape}.")
+    for name, size in (("K", depth), ("N", columns)):
         if size % 128:
             raise ValueError(f"{name} must be a multiple of 128, got {size}; pad the operands with zeros.")
     groups, matrices = group_sizes_G.size, rhs_GKN.shape[0]
@@ -114,36 +119,46 @@ def check_shapes(lhs_MK: jax.Array, rhs_GKN: jax.Array, group_sizes_G: jax.Array
 Static = tuple[jnp.dtype, Chip, Interpret]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _grouped_matmul(static: Static, lhs_MK: jax.Array, rhs_GKN: jax.Array, sizes_G: jax.Array, offset: jax.Array) -> jax.Array:
-    return product(static, lhs_MK, rhs_GKN, sizes_G, offset)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _grouped_matmul(
+    static: Static, transposed: bool, lhs_MK: jax.Array, rhs: jax.Array, sizes_G: jax.Array, offset: jax.Array
+) -> jax.Array:
+    return product(static, lhs_MK, rhs, sizes_G, offset, transposed=transposed)
 
 
-def _forward(static: Static, *operands: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    return _grouped_matmul(static, *operands), operands
+def _forward(static: Static, transposed: bool, *operands: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return _grouped_matmul(static, transposed, *operands), operands
 
 
-def _backward(static: Static, operands: tuple[jax.Array, ...], grad_MN: jax.Array) -> tuple[Any, ...]:
-    lhs_MK, rhs_GKN, sizes_G, offset = operands
-    return (*gradients(static, lhs_MK, rhs_GKN, sizes_G, offset, grad_MN), None, None)
+def _backward(static: Static, transposed: bool, operands: tuple[jax.Array, ...], grad_MN: jax.Array) -> tuple[Any, ...]:
+    lhs_MK, rhs, sizes_G, offset = operands
+    return (*gradients(static, lhs_MK, rhs, sizes_G, offset, grad_MN, transposed=transposed), None, None)
 
 
 _grouped_matmul.defvjp(_forward, _backward)
 
 
 def gradients(
-    static: Static, lhs_MK: jax.Array, rhs_GKN: jax.Array, sizes_G: jax.Array, offset: jax.Array, grad_MN: jax.Array
+    static: Static,
+    lhs_MK: jax.Array,
+    rhs: jax.Array,
+    sizes_G: jax.Array,
+    offset: jax.Array,
+    grad_MN: jax.Array,
+    *,
+    transposed: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Of `lhs_MK` and `rhs_GKN`, from that of their product."""
+    """Of `lhs_MK` and `rhs`, from that of their product."""
     _, chip, interpret = static
     grad_MN = grad_MN.astype(lhs_MK.dtype)
-    grad_lhs_MK = product((lhs_MK.dtype, chip, interpret), grad_MN, rhs_GKN, sizes_G, offset, transposed=True)
-    (num_rows, depth), columns, itemsize = lhs_MK.shape, grad_MN.shape[1], lhs_MK.dtype.itemsize
-    tiling = outer_tiling(chip, num_rows, depth, columns, sizes_G.size, itemsize, rhs_GKN.dtype.itemsize)
-    grad_rhs_GKN = grouped_outer(lhs_MK, grad_MN, sizes_G, dtype=rhs_GKN.dtype, tiling=tiling, interpret=interpret)
-    if rhs_GKN.shape[0] > sizes_G.size:
-        grad_rhs_GKN = jax.lax.dynamic_update_slice_in_dim(jnp.zeros_like(rhs_GKN), grad_rhs_GKN, offset, axis=0)
-    return grad_lhs_MK, grad_rhs_GKN
+    grad_lhs_MK = product((lhs_MK.dtype, chip, interpret), grad_MN, rhs, sizes_G, offset, transposed=not transposed)
+    left, right = (grad_MN, lhs_MK) if transposed else (lhs_MK, grad_MN)
+    (num_rows, depth), columns, itemsize = left.shape, right.shape[1], left.dtype.itemsize
+    tiling = outer_tiling(chip, num_rows, depth, columns, sizes_G.size, itemsize, rhs.dtype.itemsize)
+    grad_rhs = grouped_outer(left, right, sizes_G, dtype=rhs.dtype, tiling=tiling, interpret=interpret)
+    if rhs.shape[0] > sizes_G.size:
+        grad_rhs = jax.lax.dynamic_update_slice_in_dim(jnp.zeros_like(rhs), grad_rhs, offset, axis=0)
+    return grad_lhs_MK, grad_rhs
 
 
 def product(

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from pallas_kernels import grouped_matmul as plain
 from pallas_kernels.chips import Chip, current_chip
 from pallas_kernels.grouped_product import grouped_swiglu as fused
+from pallas_kernels.swiglu_gradient import swiglu_gradient
 from pallas_kernels.tiling import product_tiling
 
 
@@ -85,8 +86,7 @@ def _forward(static: plain.Static, *operands: jax.Array) -> tuple[jax.Array, tup
 
 def _backward(static: plain.Static, saved: tuple[jax.Array, ...], grad_MF: jax.Array) -> tuple[Any, ...]:
     lhs_MK, rhs_GKN, weights_M, sizes_G, offset, gate_up_MN = saved
-    _, pullback = jax.vjp(weighted_swiglu, gate_up_MN, weights_M)
-    grad_gate_up_MN, grad_weights_M = pullback(grad_MF)
+    grad_gate_up_MN, grad_weights_M = swiglu_gradient(gate_up_MN, weights_M, grad_MF.astype(gate_up_MN.dtype), interpret=static[2])
     grad_lhs_MK, grad_rhs_GKN = plain.gradients(static, lhs_MK, rhs_GKN, sizes_G, offset, grad_gate_up_MN)
     return grad_lhs_MK, grad_rhs_GKN, grad_weights_M, None, None
 

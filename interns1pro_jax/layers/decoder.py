@@ -109,7 +109,9 @@ class DecoderBlock(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], LayerCache | None, BlockOutput]:
         eps = self.config.rms_norm_eps
         x_BTD = checkpoint_name(x_BTD, _INPUT)
-        attention, cache = self.attention(rms_norm(x_BTD, self.attention_norm_D[...], eps), context, cache)
+        # Kept apart, or XLA makes one slow instruction of the queries' projection and the norm, and of their gradients.
+        normed = jax.lax.optimization_barrier(rms_norm(x_BTD, self.attention_norm_D[...], eps))
+        attention, cache = self.attention(normed, context, cache)
         x_BTD = x_BTD + attention
         h = rms_norm(x_BTD, self.mlp_norm_D[...], eps)
         out = BlockOutput()

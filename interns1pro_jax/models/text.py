@@ -17,6 +17,7 @@ from interns1pro_jax.layers.decoder import BlockOutput, LayerInputs, run_blocks,
 from interns1pro_jax.layers.parameter import Buffer, normal, ones, parameter
 from interns1pro_jax.layers.router import NOT_RECORDED, RouterStats
 from interns1pro_jax.ops.context import balance, reading_order
+from interns1pro_jax.ops.embedding import embed
 from interns1pro_jax.ops.fope import initial_coefficients, rotary_tables, text_frequencies
 from interns1pro_jax.ops.norm import rms_norm
 
@@ -101,10 +102,7 @@ class TextModel(nnx.Module):
 
     def embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Token embeddings in the compute dtype."""
-        # Every device looks all tokens up in its part of the width, so that neither lookup nor gradient moves the table.
-        ids = sharding.constrain(tokens_BT, "replica", "sequence")
-        x_BTD = self.embed_VD[...].at[ids].get(out_sharding=sharding.spec("replica", "sequence", "embed"))
-        return sharding.constrain(x_BTD.astype(self.config.dtype), "batch", "sequence", None)
+        return embed(self.embed_VD[...], tokens_BT, self.config.dtype)
 
     def rotary(self, positions_BT: Int[Array, "B T"]) -> tuple[Float[Array, "B T heads H"], Float[Array, "B T heads H"]]:
         """cos and sin tables in float32 for these positions."""

@@ -59,19 +59,28 @@ def dot_product_attention(
     Args:
       q_segment_ids, kv_segment_ids: a query sees keys of its own segment; 0 is padding, which sees and is seen by nothing. Those of
         the keys are whole rows in reading order, whatever splits the keys.
-      q_index: where each query stands among the keys: key `q_index` is its own, of the same segment. Default 0, 1, ....
+      q_index: where each query stands among the keys: key `q_index` is its own, of the same segment. Default 0, 1, ..., or where rows
+        are split, what their order says.
       causal: a query sees the keys up to its own only.
       scale: factor on the scores; default H**-0.5.
 
     Returns:
       Weighted values, split as the queries are; zero for padding.
+
+    Raises:
+      ValueError: `q_index` for rows that are split.
     """
     mesh = jax.sharding.get_abstract_mesh()
     scale = q_BTQH.shape[-1] ** -0.5 if scale is None else scale
     if mesh.empty or mesh.are_all_axes_manual:
         return _local_attention(q_BTQH, k_BSKH, v_BSKH, q_segment_ids, kv_segment_ids, q_index, causal=causal, scale=scale, split=False)
     q_spec, kv_spec = (jax.typeof(x).sharding.spec for x in (q_BTQH, k_BSKH))
-    rows, split = PartitionSpec(q_spec[0], None), bool(kv_spec[1])
+    rows, split = PartitionSpec(q_spec[0], None), bool(kv_spec[1]) and mesh.shape[context.AXIS] > 1
+    if split and q_index is not None:
+        raise ValueError(
+            f"q_index with keys that are split over the mesh axis {context.AXIS}: where their queries stand follows from the order of "
+            "ops.context; leave q_index out, or gather the keys."
+        )
     ids_spec = PartitionSpec(*q_spec[:2])
     q_segment_ids, kv_segment_ids = jax.sharding.reshard((q_segment_ids, kv_segment_ids), (ids_spec, rows))
     q_index = None if q_index is None else jax.sharding.reshard(q_index, ids_spec)
@@ -90,16 +99,17 @@ def _local_attention(
 ) -> Array:  # fmt: skip
     """A device's share, by the kernel where it can be."""
     B, T = q_BTQH.shape[:2]
-    if split and jax.lax.axis_size(context.AXIS) > 1:
+    runs = 2 if split else 1  # of consecutive tokens, in the order of `ops.context`
+    if split:
         with jax.named_scope("kv_all_gather"):
             k_BSKH, v_BSKH = jnp.split(context.all_gather(jnp.concatenate([k_BSKH, v_BSKH], 2)), 2, 2)
         q_index = jnp.broadcast_to(context.own_indices(T), (B, T))
     # The kernel's blocks are whole lanes; rows shorter than one are not worth its tables.
-    if (chip := current_chip()) and T % tpu.LANES == 0 and k_BSKH.shape[1] % tpu.LANES == 0:
+    if (chip := current_chip()) and T % (runs * tpu.LANES) == 0 and k_BSKH.shape[1] % tpu.LANES == 0:
         index = jnp.broadcast_to(jnp.arange(T), (B, T)) if q_index is None else q_index
         return tpu.attention(
             q_BTQH, k_BSKH, v_BSKH, q_segment_ids, kv_segment_ids, index,
-            causal=causal, scale=scale, tiling=tpu.tiling_of(chip), name=OUTPUT,
+            causal=causal, scale=scale, tiling=tpu.tiling_of(chip), runs=runs, name=OUTPUT,
         )  # fmt: skip
     return chunked_attention(
         q_BTQH, k_BSKH, v_BSKH, q_segment_ids=q_segment_ids, kv_segment_ids=kv_segment_ids, q_index=q_index, causal=causal, scale=scale

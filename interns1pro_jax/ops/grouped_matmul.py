@@ -27,31 +27,35 @@ Dtype = jnp.dtype
 
 def grouped_matmul(
     lhs_MK: Float[Array, "M K"],
-    rhs_GKN: Float[Array, "G K N"],
+    rhs: Float[Array, "G rows columns"],
     group_sizes_G: Int[Array, " G_used"],
     *,
+    transposed: bool = False,
     group_offset: int | Int[Array, ""] | None = None,
     preferred_element_type: Dtype | None = None,
 ) -> Float[Array, "M N"]:
-    """Each row times the matrix of its group. Differentiable in `lhs_MK` and `rhs_GKN`.
+    """Each row times the matrix of its group. Differentiable in `lhs_MK` and `rhs`.
 
     Args:
       lhs_MK: rows, sorted by group; their dtype is that of the products (accumulated in fp32).
-      rhs_GKN: one matrix per group, of any floating dtype.
+      rhs: one matrix [K, N] per group, of any floating dtype.
       group_sizes_G: rows of each group; they must sum to M. Empty groups get a gradient of exactly zero.
+      transposed: the matrices are given as [N, K].
       group_offset: matrix of the first group, so that a stack of many layers' experts is read in place.
       preferred_element_type: dtype of the result; default that of `lhs_MK`.
     """
     offset = jnp.asarray(0 if group_offset is None else group_offset, jnp.int32)
     dtype = jnp.dtype(preferred_element_type or lhs_MK.dtype)
-    lhs_MK, rhs_GKN, group_sizes_G, offset = match_varying(lhs_MK, rhs_GKN, group_sizes_G, offset)
+    lhs_MK, rhs, group_sizes_G, offset = match_varying(lhs_MK, rhs, group_sizes_G, offset)
     if chip := current_chip():
         # Toy models are narrower than the kernels' lanes; zeros change no product. The released sizes are multiples.
-        lhs_MK, columns = pad_to_lanes(lhs_MK, 1), rhs_GKN.shape[2]
-        rhs_GKN = pad_to_lanes(pad_to_lanes(rhs_GKN.astype(lhs_MK.dtype), 1), 2)
-        out_MN = tpu.grouped_matmul(lhs_MK, rhs_GKN, group_sizes_G, group_offset=offset, preferred_element_type=dtype, chip=chip)
+        lhs_MK, columns = pad_to_lanes(lhs_MK, 1), rhs.shape[1 if transposed else 2]
+        rhs = pad_to_lanes(pad_to_lanes(rhs.astype(lhs_MK.dtype), 1), 2)
+        out_MN = tpu.grouped_matmul(
+            lhs_MK, rhs, group_sizes_G, transposed=transposed, group_offset=offset, preferred_element_type=dtype, chip=chip
+        )
         return out_MN[:, :columns]
-    return _grouped_matmul(dtype, lhs_MK, rhs_GKN, group_sizes_G, offset)
+    return _grouped_matmul(dtype, transposed, lhs_MK, rhs, group_sizes_G, offset)
 
 
 def pad_to_lanes(x: Array, axis: int) -> Array:
@@ -60,21 +64,21 @@ def pad_to_lanes(x: Array, axis: int) -> Array:
     return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)]) if missing else x
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _grouped_matmul(dtype: Dtype, lhs_MK: Array, rhs_GKN: Array, sizes_G: Array, offset: Array) -> Array:
-    return _product(lhs_MK, rhs_GKN, sizes_G, offset, transposed=False, dtype=dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _grouped_matmul(dtype: Dtype, transposed: bool, lhs_MK: Array, rhs: Array, sizes_G: Array, offset: Array) -> Array:
+    return _product(lhs_MK, rhs, sizes_G, offset, transposed=transposed, dtype=dtype)
 
 
-def _forward(dtype: Dtype, lhs_MK: Array, rhs_GKN: Array, sizes_G: Array, offset: Array):  # type: ignore[no-untyped-def]
-    return _grouped_matmul(dtype, lhs_MK, rhs_GKN, sizes_G, offset), (lhs_MK, rhs_GKN, sizes_G, offset)
+def _forward(dtype: Dtype, transposed: bool, *operands: Array):  # type: ignore[no-untyped-def]
+    return _grouped_matmul(dtype, transposed, *operands), operands
 
 
-def _backward(dtype: Dtype, saved: tuple[Array, ...], grad_MN: Array):  # type: ignore[no-untyped-def]
-    lhs_MK, rhs_GKN, sizes_G, offset = saved
+def _backward(dtype: Dtype, transposed: bool, operands: tuple[Array, ...], grad_MN: Array):  # type: ignore[no-untyped-def]
+    lhs_MK, rhs, sizes_G, offset = operands
     grad_MN = grad_MN.astype(lhs_MK.dtype)
-    grad_lhs_MK = _product(grad_MN, rhs_GKN, sizes_G, offset, transposed=True, dtype=lhs_MK.dtype)
-    grad_rhs_GKN = _weight_gradient(lhs_MK, grad_MN, sizes_G, offset, rhs_GKN.shape[0], dtype=rhs_GKN.dtype)
-    return grad_lhs_MK, grad_rhs_GKN, None, None
+    grad_lhs_MK = _product(grad_MN, rhs, sizes_G, offset, transposed=not transposed, dtype=lhs_MK.dtype)
+    left, right = (grad_MN, lhs_MK) if transposed else (lhs_MK, grad_MN)
+    return grad_lhs_MK, _weight_gradient(left, right, sizes_G, offset, rhs.shape[0], dtype=rhs.dtype), None, None
 
 
 _grouped_matmul.defvjp(_forward, _backward)

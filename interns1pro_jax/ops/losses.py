@@ -106,7 +106,7 @@ def _on_each_device(function: Callable, out_specs: PartitionSpec, hidden_BTD: Ar
 
     def local(hidden_BTD: Array, lm_head_DV: Array, *by_token: Array) -> Any:
         with jax.named_scope("lm_head"):
-            lm_head_DV = gather_weight(hidden_BTD, lm_head_DV, lm_head_spec)
+            lm_head_DV = gather_weight(lm_head_DV, lm_head_spec, hidden_BTD.dtype, varying_axes(hidden_BTD))
         return function(*match_varying(hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), lm_head_DV, *by_token))
 
     return jax.shard_map(local, in_specs=(hidden_spec, lm_head_spec, *(tokens_spec,) * len(by_token)), out_specs=out_specs)(

@@ -11,17 +11,17 @@ from interns1pro_jax import sharding
 from interns1pro_jax.ops.varying import as_varying, varying_axes
 
 
-def gather_weight(x: Array, weight: Array, spec: PartitionSpec) -> Array:
-    """Inside `shard_map`: the whole of a weight of which each device holds the part that `spec` says, in the dtype of `x`, to be
-    multiplied with `x`. Its gradient is summed and split again over the same axes.
+def gather_weight(weight: Array, spec: PartitionSpec, dtype: jax.typing.DTypeLike, axes: frozenset[str]) -> Array:
+    """Inside `shard_map`: the whole of a weight of which each device holds the part that `spec` says, in `dtype`, to be used with what
+    varies over `axes`. Its gradient is summed and split again over the same axes.
 
     The axes are gathered one by one: over all three dimensions of a TPU's torus at once XLA has no all-gather but adds up arrays of
     zeros, which moves twice the bytes.
     """
-    weight = as_varying(weight.astype(x.dtype), varying_axes(x))
+    weight = as_varying(weight.astype(dtype), axes)
     with jax.named_scope("weight_all_gather"):
-        for dim, axes in enumerate(spec):
-            for axis in reversed((axes,) if isinstance(axes, str) else axes or ()):
+        for dim, split in enumerate(spec):
+            for axis in reversed((split,) if isinstance(split, str) else split or ()):
                 weight = jax.lax.all_gather(weight, axis, axis=dim, tiled=True)
     return weight
 
@@ -40,7 +40,7 @@ def project(
 
     def local(x: Array, weight: Array) -> Array:
         with jax.named_scope(formula):
-            return jnp.einsum(formula, x, gather_weight(x, weight, weight_spec), precision=precision)
+            return jnp.einsum(formula, x, gather_weight(weight, weight_spec, x.dtype, varying_axes(x)), precision=precision)
 
     out_spec = PartitionSpec(*x_spec[:2], *(None,) * (rank - 2))
     return jax.shard_map(local, in_specs=(x_spec, weight_spec), out_specs=out_spec)(x_BT, weight)

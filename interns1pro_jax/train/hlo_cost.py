@@ -9,16 +9,21 @@ import re
 import numpy as np
 
 from interns1pro_jax.train.hlo import Computation, Instruction, Program, bytes_of, control_flow, executions, shape_of
+from pallas_kernels.permutation import WINDOW
 
 _KERNEL = re.compile(r'"cost_estimate":\{"flops":"(\d+)".*?"bytes_accessed":"(\d+)"')
 _OPERANDS = re.compile(r"operand_layout_constraints=\{((?:[^{}]|\{[^{}]*\})*)\}")
 _ARRAY = re.compile(r"\w+\[[\d,]*\]")
-# Products of a query block with a key block: scores and values; the backward computes the scores again and four gradients.
-_SPLASH = {"splash_mha_fwd": 2, "splash_mha_dkv": 5}
+# Products of a query block with a key block: scores and values; the backward computes the scores again and four gradients, in one kernel,
+# or in two that both compute scores and the gradient of the weights.
+_SPLASH = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 5}
 _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
+# The kernels of `pallas_kernels.permutation`, which the scalar unit does number by number.
+_PERMUTATIONS = ("permute", "invert")
 _WINDOW = re.compile(r"window=\{([^}]*)\}")
 _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 # They move nothing, or what they move is counted where it is computed.
+_ALLOCATION = 'custom_call_target="AllocateBuffer"'
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all", "partition-id"}
 
 
@@ -41,12 +46,23 @@ def kernel_cost(instruction: Instruction) -> KernelCost | None:
     operands = _OPERANDS.search(instruction.attributes)
     if products is None or operands is None:
         return None
+    if instruction.name.startswith("splash_mha_dkv") and not re.search(r"\[\d+,\d+,\d+,\d+\]", instruction.type):
+        products = 4  # without the queries' gradient, which has a part for each block of keys
     blocks, _, q, k, *_ = [shape_of(array) for array in _ARRAY.findall(operands[1])]
     (queries, length, width), keys = q, k[1]
-    # Half of the scores are those of earlier tokens; blocks on the diagonal are computed whole.
-    seen = (1 + 1 / max(blocks)) / 2
+    # Half of the scores are those of earlier tokens; blocks on the diagonal are computed whole, and the longer side of a block sets
+    # how many there are.
+    seen = (1 + 1 / min(size for size in blocks if size > 1)) / 2 if max(blocks) > 1 else 1.0
     flops = int(products * 2 * queries * length * keys * width * seen)
     return KernelCost(flops, bytes_of(operands[1]) + bytes_of(instruction.type), attention=True)
+
+
+def permuted_numbers(instruction: Instruction) -> int:
+    """Numbers that a kernel of `pallas_kernels.permutation` puts in order, in all its passes over them; 0 for other instructions."""
+    if instruction.opcode != "custom-call" or not instruction.name.startswith(_PERMUTATIONS):
+        return 0
+    numbers = shape_of(instruction.type)[0]
+    return numbers * -(-numbers // WINDOW)
 
 
 def product_flops(program: Program) -> tuple[float, float]:
@@ -98,14 +114,17 @@ def traffic(program: Program) -> float:
     that a slice leaves alone."""
     times = executions(program)
     return sum(
-        times[name] * _moved(instruction, program[name], program)
+        times[name] * moved(instruction, program[name], program)
         for name in control_flow(program)
         for instruction in program[name].values()
         if instruction.opcode not in _FREE
     )
 
 
-def _moved(instruction: Instruction, siblings: Computation, program: Program) -> int:
+def moved(instruction: Instruction, siblings: Computation, program: Program) -> int:
+    """Bytes that an instruction of `program[...] = siblings` reads from HBM and writes to it."""
+    if _ALLOCATION in instruction.attributes:
+        return 0
     if cost := kernel_cost(instruction):
         return cost.bytes
     inner = next((program[called] for how, called in instruction.called if how == "calls"), {}) if instruction.opcode == "fusion" else {}

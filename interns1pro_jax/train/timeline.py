@@ -1,10 +1,11 @@
 """A model of how long a compiled step takes: its own schedule, played back.
 
-Instructions run in the order of the program. One of XLA's own takes the cycles that the compiler estimates for it; a Pallas kernel takes
-its FLOPs over the peak or its bytes over the bandwidth of HBM, whichever is longer, times what the kernel report finds above that bound;
-a collective takes its bytes over the links between the devices of its group. A collective that was started goes on while others run,
-one after the other on the links of its axes, and the step waits only where it ends. All of it is modelled, nothing measured: latencies
-and contention between axes are left out, links are taken at their published speed.
+Instructions run in the order of the program. One of XLA's own takes the cycles that the compiler estimates for it, or where it makes none
+(gathers of rows, sorts, scatters) the time that its bytes need; a Pallas kernel takes its FLOPs over the peak or its bytes over the
+bandwidth of HBM, whichever is longer, times what the kernel report finds above that bound; a collective takes its bytes over the links
+between the devices of its group. A collective that was started goes on while others run, one after the other on the links of its axes,
+and the step waits only where it ends. All of it is modelled, nothing measured: latencies and contention between axes are left out, links
+are taken at their published speed.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from jax.sharding import Mesh
 from interns1pro_jax.flops import Hardware
 from interns1pro_jax.train import hlo
 from interns1pro_jax.train.hlo import Collective, Computation, Instruction
-from interns1pro_jax.train.hlo_cost import kernel_cost
+from interns1pro_jax.train.hlo_cost import kernel_cost, moved, permuted_numbers
 from pallas_kernels.chips import CHIPS
 
 # Time of the grouped products over their roofline (docs/kernels.md, 65,536 rows).
@@ -27,6 +28,9 @@ KERNEL_TIME_OVER_BOUND = {"v5e": 1.1, "v5p": 1.062, "v6e": 1.114, "tpu7x": 1.139
 # Of attention: an assumption, not read off schedules. Heads of 128 fill the matrix units of v5e and v5p and half of those of v6e and
 # tpu7x, and scores pass through the vector units for their exponentials.
 ATTENTION_TIME_OVER_BOUND = {"v5e": 1.6, "v5p": 1.6, "v6e": 2.8, "tpu7x": 2.8}
+
+# Of one number that the scalar unit puts in its place (docs/kernels.md, Routing: 80 us of 32,768 on v5p).
+_PERMUTATION_CYCLES = 4.3
 
 _UNKNOWN = 2**62  # estimates above this stand for "not known"
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
@@ -111,7 +115,7 @@ class Player:
                 end = send(found)
                 waiting, clock = waiting + end - clock, end
                 continue
-            seconds, kernel = self._compute(instruction)
+            seconds, kernel = self._compute(instruction, instructions)
             clock, xla, kernels = clock + seconds, xla + (0 if kernel else seconds), kernels + (seconds if kernel else 0)
         return Times(clock, xla, kernels, waiting, dict(busy))
 
@@ -144,16 +148,23 @@ class Player:
                 frontier += siblings[name].operands
         return None
 
-    def _compute(self, instruction: Instruction) -> tuple[float, bool]:
+    def _compute(self, instruction: Instruction, siblings: Computation) -> tuple[float, bool]:
         """Seconds of an instruction, and whether it is a Pallas kernel."""
         hardware = self._hardware
+        clock = CHIPS[hardware.name].clock
         if cost := kernel_cost(instruction):
             bound = max(cost.flops / hardware.peak, cost.bytes / hardware.bandwidth)
             over = ATTENTION_TIME_OVER_BOUND if cost.attention else KERNEL_TIME_OVER_BOUND
             return over[hardware.name] * bound, True
+        if numbers := permuted_numbers(instruction):
+            return _PERMUTATION_CYCLES * numbers / clock, True
         found = _CYCLES.search(instruction.attributes)
-        cycles = int(found[1]) if found else 0
-        return (cycles / CHIPS[hardware.name].clock if cycles < _UNKNOWN else 0.0), False
+        if found and int(found[1]) < _UNKNOWN:
+            return int(found[1]) / clock, False
+        # Gathers of rows, sorts, scatters, small kernels: the compiler estimates nothing, so they move their bytes.
+        if instruction.opcode in ("fusion", "custom-call", "sort", "scatter", "gather"):
+            return moved(instruction, siblings, self._program) / hardware.bandwidth, instruction.opcode == "custom-call"
+        return 0.0, False
 
     # Links -------------------------------------------------------------------------------------------------------------
 

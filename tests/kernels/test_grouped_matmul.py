@@ -154,6 +154,16 @@ def test_value_and_gradients_with_the_tiles_of_a_chip(chip, dtype):
         np.testing.assert_allclose(got.astype(jnp.float32), expected.astype(jnp.float32), **tolerance)
 
 
+def test_transposed_matrices_give_the_same_value_and_gradients():
+    lhs, rhs, grad = operands(jnp.float32)
+    run = functools.partial(grouped_matmul, chip=CHIPS["v5p"], interpret=pltpu.InterpretParams(), transposed=True)
+    sizes = jnp.asarray(SIZES["uneven"], jnp.int32)
+    out, pullback = jax.vjp(lambda x, w: run(x, jnp.swapaxes(w, 1, 2), sizes), lhs, rhs)
+    wanted, reference_pullback = jax.vjp(lambda x, w: grouped_matmul_reference(x, w, sizes), lhs, rhs)
+    for got, expected in zip((out, *pullback(grad)), (wanted, *reference_pullback(grad)), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-3)
+
+
 def test_part_of_a_stack_is_read_in_place():
     lhs, rhs, grad = operands(jnp.float32)
     sizes, stack = jnp.asarray([200, 0, 120], jnp.int32), rhs

@@ -51,6 +51,14 @@ def test_equals_oracle(sizes):
         np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-4)
 
 
+def test_transposed_matrices_give_the_same_value_and_gradients():
+    lhs, rhs, sizes, grad = arrays(SIZES["uneven"])
+    out, pullback = jax.vjp(lambda lhs, rhs: grouped_matmul(lhs, jnp.swapaxes(rhs, 1, 2), sizes, transposed=True), lhs, rhs)
+    wanted = value_and_gradients(grouped_matmul, lhs, rhs, sizes, grad)
+    for got, expected in zip((out, *pullback(grad)), wanted, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-4)
+
+
 def test_empty_groups_have_exactly_zero_gradient():
     *_, grad_rhs = value_and_gradients(grouped_matmul, *arrays(SIZES["uneven"]))
     for group, size in enumerate(SIZES["uneven"]):
