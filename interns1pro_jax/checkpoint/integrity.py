@@ -49,7 +49,7 @@ class SummedArrays(ocp.PyTreeCheckpointHandler):
 
     def finalize(self, directory: Any) -> None:
         super().finalize(directory)
-        _write_rest(Path(directory))
+        write_sums(Path(directory))
 
 
 class SummedJson(ocp.JsonCheckpointHandler):
@@ -57,7 +57,7 @@ class SummedJson(ocp.JsonCheckpointHandler):
 
     def finalize(self, directory: Any) -> None:
         super().finalize(directory)
-        _write_rest(Path(directory))
+        write_sums(Path(directory))
 
 
 @ocp.args.register_with_handler(SummedArrays, for_save=True)
@@ -119,9 +119,10 @@ def damage(checkpoint: Path, items: Iterable[str], share: tuple[int, int] = (0, 
     return problems + [problem for problem in _in_threads(look, enumerate(sorted(wanted.items()))) if problem]
 
 
-def _write_rest(directory: Path) -> None:
-    summed = {name for path in directory.glob(f"{_SUMS}.*.json") for name in json.loads(path.read_text())}
-    _write(directory, f"{_SUMS}.json", [path for path in _files(directory) if str(path.relative_to(directory)) not in summed])
+def write_sums(item: Path) -> None:
+    """Sums all files of a checkpoint's subdirectory that no process has summed as its own."""
+    summed = {name for path in item.glob(f"{_SUMS}.*.json") for name in json.loads(path.read_text())} | {f"{_SUMS}.json"}
+    _write(item, f"{_SUMS}.json", [path for path in _files(item) if str(path.relative_to(item)) not in summed])
 
 
 def _write(directory: Path, name: str, files: list[Path]) -> None:

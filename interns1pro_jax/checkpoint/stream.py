@@ -29,7 +29,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from interns1pro_jax.checkpoint import checksums
+from interns1pro_jax.checkpoint import checksums, integrity
 from interns1pro_jax.checkpoint.errors import CheckpointError
 from interns1pro_jax.checkpoint.hf_export import (
     MAX_FILE_BYTES,
@@ -152,8 +152,8 @@ def write_hf(
         write(name, values)
     barrier("files are complete")
     if jax.process_index() == 0:
-        finish_export(directory, files, config if dtype is None else config.with_dtypes(dtype), carry, like)
         checksums.write(directory, [file.path for file in files], functools.partial(progress, "checksums"))
+        finish_export(directory, files, config if dtype is None else config.with_dtypes(dtype), carry, like)
     barrier("conversion is done")
 
 
@@ -214,9 +214,13 @@ def write_run(
     with ThreadPoolExecutor(_WORKERS) as pool:
         for _ in pool.map(convert, boxes):
             pass
-    (where / _PLAN).unlink()
-    checksums.write(where, sorted(path for path in where.rglob("*") if path.is_file()), functools.partial(progress, "checksums"))
+    for item in (STATE, MANIFEST):
+        integrity.write_sums(where / item)
+    beside = (where / _PLAN, where / checksums.FILE)
+    files = sorted(path for path in where.rglob("*") if path.is_file() and path not in beside)
+    checksums.write(where, files, functools.partial(progress, "checksums"))
     os.replace(where, where.with_suffix(""))
+    (where.with_suffix("") / _PLAN).unlink()
 
 
 @dataclasses.dataclass(frozen=True)

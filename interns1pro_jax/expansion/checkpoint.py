@@ -116,8 +116,8 @@ def expand_checkpoint(
     start_export(directory, files, manifest.fingerprint)
     _write(checkpoint, copies, manifest, files, progress)
     manifest.save(directory / FILE)
-    finish_export(directory, files, grown, checkpoint.directory)
     checksums.write(directory, [file.path for file in files], functools.partial(progress, "checksums"))
+    finish_export(directory, files, grown, checkpoint.directory)
     return grown
 
 

@@ -106,7 +106,17 @@ def test_an_interrupted_conversion_goes_on(reference, tmp_path):
         complete = {path: path.stat().st_mtime_ns for path in files if path.name not in ("convert.json", "_METADATA", "metadata")}
         assert complete and not list((tmp_path / target).glob("0*[0-9]")) and not (tmp_path / target / "config.json").exists()
         started = []
-        write(tmp_path / target, progress=lambda what, done, total, started=started: started.append((what, total)))
+
+        def kill_late(what, done, total, started=started):
+            started.append((what, total))
+            if what == "checksums":
+                raise Killed
+
+        with pytest.raises(Killed):
+            write(tmp_path / target, progress=kill_late)
+        last = []
+        write(tmp_path / target, progress=lambda what, done, total, last=last: last.append(what))
+        assert set(last) == {"checksums"}  # all was written before
         write(tmp_path / f"{target}_whole")
         assert content(tmp_path / target) == content(tmp_path / f"{target}_whole")
         assert max(total for what, total in started if what == "writing") < first[-1]
