@@ -1,7 +1,7 @@
 """Measures conversions of a large checkpoint on one host: seconds, bytes per second, and the memory that they held at their peak.
 
-    python -m tools.benchmark_convert --workdir /tmp/large --layers 20                # Qwen3-30B-A3B of 20 layers, 25 GB in bfloat16
-    python -m tools.benchmark_convert --workdir /tmp/large --layers 4 --keep
+    python -m tools.benchmark_convert --workdir large --layers 20                # Qwen3-30B-A3B of 20 layers, 25 GB in bfloat16
+    python -m tools.benchmark_convert --workdir large --layers 4 --keep
 
 The source is made of sparse files, all zeros, which take no disk: what is measured is a conversion whose source is in memory. It goes into
 a checkpoint of a run and from that into the released layout again, each of which takes the declared bytes of disk and is verified by its
