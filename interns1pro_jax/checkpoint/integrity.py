@@ -18,8 +18,12 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from interns1pro_jax.checkpoint.errors import CheckpointError
+from interns1pro_jax.processes import gather
+
 _SUMS = "checksums"  # .PROCESS.json: of what a process wrote; .json: of all the rest
 _OF_PROCESS = "ocdbt.process_{}"
+_MISSING = (FileNotFoundError, NotADirectoryError)
 _THREADS = 4
 _PIECE = 2**24
 
@@ -84,13 +88,34 @@ class RestoreJson(ocp.args.JsonRestore):
     pass
 
 
-def damage(checkpoint: Path, items: Iterable[str], share: tuple[int, int] = (0, 1)) -> list[str]:
-    """What is wrong with the files of a checkpoint; empty if nothing is.
+def damage(checkpoint: Path, items: Iterable[str]) -> list[str]:
+    """What is wrong with the files of a checkpoint; empty if nothing is. The same for all processes, each of which reads its share.
+
+    A file is damaged if it is missing, or has another size or content than was written. One that cannot be read for another reason may be
+    whole: the disk or the network is at fault.
 
     Args:
-      items: its subdirectories.
-      share: (i, n): of the files, only every n-th is read, from the i-th on; the others are only looked for.
+      items: the checkpoint's subdirectories.
+
+    Raises:
+      CheckpointError: in all processes, where one of them cannot read a file that is there.
     """
+    problems, unreadable = [], ""
+    try:
+        problems = _damage(checkpoint, items, jax.process_index(), jax.process_count())
+    except OSError as error:
+        unreadable = f"{error.filename or checkpoint}: {error.strerror or error}"
+    found = gather([problems, unreadable])
+    if reasons := sorted({reason for _, reason in found if reason}):
+        raise CheckpointError(
+            f"{checkpoint} cannot be read now ({'; '.join(reasons[:4])}); nothing was moved. Put the disk or file system right, then "
+            "start again."
+        )
+    return sorted({problem for problems, _ in found for problem in problems})
+
+
+def _damage(checkpoint: Path, items: Iterable[str], process: int, processes: int) -> list[str]:
+    """What a process finds: of the files, it reads every `processes`-th, from that of its number on; for the others it only looks."""
     problems: list[str] = []
     wanted: dict[Path, tuple[int, int]] = {}
     for item in items:
@@ -99,7 +124,7 @@ def damage(checkpoint: Path, items: Iterable[str], share: tuple[int, int] = (0, 
             sums = json.loads((directory / f"{_SUMS}.json").read_text())
             for name in [name for name in sums if name.startswith(f"{_SUMS}.")]:
                 sums |= json.loads((directory / name).read_text())
-        except (OSError, ValueError) as error:
+        except (*_MISSING, ValueError) as error:
             problems.append(f"the checksums of {item} cannot be read ({getattr(error, 'strerror', None) or error})")
             continue
         wanted |= {directory / name: (size, sum_of_all) for name, (size, sum_of_all) in sums.items()}
@@ -110,9 +135,9 @@ def damage(checkpoint: Path, items: Iterable[str], share: tuple[int, int] = (0, 
         try:
             if (there := path.stat().st_size) != size:
                 return f"{name} has {there:,} bytes instead of {size:,}"
-            if number % share[1] == share[0] and _sum(path) != sum_of_all:
+            if number % processes == process and _sum(path) != sum_of_all:
                 return f"{name} has other content than was written"
-        except OSError as error:
+        except _MISSING as error:
             return f"{name} cannot be read ({error.strerror})"
         return None
 

@@ -27,7 +27,7 @@ import orbax.checkpoint as ocp
 
 from interns1pro_jax.checkpoint.errors import CheckpointError
 from interns1pro_jax.checkpoint.integrity import RestoreArrays, RestoreJson, SaveArrays, SaveJson, SummedArrays, SummedJson, damage
-from interns1pro_jax.processes import barrier, first_alone, gather
+from interns1pro_jax.processes import barrier, first_alone
 
 _TEMPORARY, _DELETED, _DAMAGED = "*.orbax-checkpoint-tmp", "deleted", "damaged"
 _CHUNK = 2**26  # bytes
@@ -150,38 +150,57 @@ class CheckpointManager:
         Args:
           abstract: the tree to fill: `jax.ShapeDtypeStruct` with shardings, or arrays (`train.state.abstract_state`). The mesh may
             differ from the one that was saved from.
-          step: which checkpoint; None takes the newest that is not damaged, and sets newer ones aside.
+          step: which checkpoint; None takes the newest that is not damaged, and sets newer ones aside once it has been read.
 
         Raises:
           CheckpointError: there is no such checkpoint, it was made with another identity, its arrays have other names, shapes or
-            dtypes, or its files are damaged.
+            dtypes, or its files are damaged or cannot be read. Nothing has been moved then.
         """
         self.wait()
+        steps = self.steps
+        if not steps or (step is not None and step not in steps):
+            which = "" if step is None else f" of step {step}"
+            raise CheckpointError(f"{self.directory} has no checkpoint{which}; it has {steps or 'none'}.")
         damaged: dict[int, str] = {}
-        while True:
-            steps = self.steps
-            if not steps or (step is not None and step not in steps):
-                raise CheckpointError(
-                    f"{self.directory} has no checkpoint{'' if step is None else f' of step {step}'}; it has {steps or 'none'}."
-                    + "".join(f" {what}" for what in damaged.values())
-                )
-            chosen = steps[-1] if step is None else step
-            if not (problems := self._damage(chosen)):
-                return dataclasses.replace(self._restore(abstract, chosen), damaged=damaged)
-            what = f"The checkpoint of step {chosen} is damaged: {_list(problems)}."
+        for chosen in reversed(steps) if step is None else [step]:
+            if not (problems := damage(self._where(chosen), (STATE, MANIFEST))):
+                break
+            damaged[chosen] = f"The checkpoint of step {chosen} is damaged: {_list(problems)}."
+        else:
             if step is not None:
                 others = [x for x in steps if x != step]
-                raise CheckpointError(f"{self._where(chosen)}: {what} Choose another step (here: {others or 'none'}).")
-            damaged[chosen] = f"{what} It has been moved to {self._set_aside(chosen)}."
-            _log.error("%s", damaged[chosen])
+                raise CheckpointError(f"{self._where(step)}: {damaged[step]} Choose another step (here: {others or 'none'}).")
+            raise CheckpointError(
+                f"{self.directory} has no checkpoint that is whole; nothing was moved. {' '.join(damaged.values())} Put back a copy of one, "
+                "or choose another workdir to start anew."
+            )
+        restored = self._restore(abstract, chosen)
+        for later in damaged:
+            damaged[later] += f" It has been moved to {self._set_aside(later)}."
+            _log.error("%s", damaged[later])
+        return dataclasses.replace(restored, damaged=damaged)
+
+    def check_beginning(self) -> None:
+        """To be called before a run starts anew here.
+
+        Raises:
+          CheckpointError: there were checkpoints, which were damaged: who starts anew would erase the records of that run.
+        """
+
+        empty = self.latest_step is None
+
+        def check() -> None:
+            aside = self.directory / _DAMAGED
+            if empty and aside.is_dir() and (found := sorted(path.name for path in aside.iterdir())):
+                raise CheckpointError(
+                    f"{self.directory} has no checkpoint, but damaged ones in {aside} ({_list(found)}). Put back a copy of one to continue "
+                    f"that run; remove {aside}, or choose another workdir, to start anew."
+                )
+
+        first_alone(check)
 
     def _where(self, step: int) -> Path:
         return self.directory / f"{step:08d}"
-
-    def _damage(self, step: int) -> list[str]:
-        """What is wrong with the files of a checkpoint; the same for all processes, each of which reads its share."""
-        found = gather(damage(self._where(step), (STATE, MANIFEST), (jax.process_index(), jax.process_count())))
-        return sorted({problem for of_process in found for problem in of_process})
 
     def _set_aside(self, step: int) -> Path:
         """Moves a damaged checkpoint where nothing is in its way, to be looked at; returns where to."""

@@ -19,7 +19,6 @@ from interns1pro_jax.config import ModelConfig
 from interns1pro_jax.config_checks import from_dict
 from interns1pro_jax.layers.lora import Adapter, merged
 from interns1pro_jax.models.interns1pro import InternS1Pro
-from interns1pro_jax.processes import gather
 
 
 def read_weights(
@@ -48,8 +47,7 @@ def read_weights(
             raise CheckpointError(
                 f"{directory} has no checkpoint{f' of step {step}' if step >= 0 else ''}; it has {sorted(steps) or 'none'}."
             )
-        share = jax.process_index(), jax.process_count()
-        if problems := [x for found in gather(damage(directory / f"{step:08d}", (STATE, MANIFEST), share)) for x in found]:
+        if problems := damage(directory / f"{step:08d}", (STATE, MANIFEST)):
             raise CheckpointError(
                 f"{directory / f'{step:08d}'} is damaged ({'; '.join(problems[:4])}); give another step (here: {sorted(steps)}), or "
                 "fetch it again."

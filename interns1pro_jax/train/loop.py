@@ -130,7 +130,8 @@ def train(
     Raises:
       Interrupted: after SIGTERM or SIGINT; the state has been saved. A second signal ends the process at once.
       BadStepError: see `FaultPolicy`. Nothing is saved after the step before the bad ones.
-      CheckpointError: the working directory cannot be written, a save failed, or the checkpoint does not fit.
+      CheckpointError: the working directory cannot be written, a save failed, the checkpoint does not fit or
+        cannot be read, or there are only damaged ones.
       ConfigError: the checkpoint is beyond `config.steps`.
     """
     main = jax.process_index() == 0
@@ -145,6 +146,7 @@ def train(
         with journal.clock("initialise"):
             state, damaged = _restore(state, abstract, checkpoints, None, data, guard)
     else:
+        checkpoints.check_beginning()
         damaged = {}
     start = int(state.step)
     if start > config.steps:

@@ -181,8 +181,35 @@ def test_any_damage_to_any_file_is_found_and_the_checkpoint_before_is_used(tmp_p
     with CheckpointManager(tmp_path / "broken", {}) as manager:
         with pytest.raises(CheckpointError, match=r"00000001: The checkpoint of step 1 is damaged.*Choose another step \(here: none\)"):
             manager.restore(states[1], step=1)
-        with pytest.raises(CheckpointError, match=r"has no checkpoint; it has none\. The checkpoint of step 1 is damaged.*moved to"):
+        with pytest.raises(CheckpointError, match=r"no checkpoint that is whole; nothing was moved\. The checkpoint of step 1 is damaged"):
             manager.restore(states[1])
+        assert manager.steps == [1]
+
+
+@pytest.mark.parametrize("reads", ["checkpoint.integrity._sum", "checkpoint.integrity.Path.read_text"])
+def test_a_disk_that_does_not_answer_damages_nothing(tmp_path, mesh, monkeypatch, reads):
+    state = random_state(100)
+
+    def stale(*_, **__):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with CheckpointManager(tmp_path, {}) as manager:
+        manager.save(1, state)
+        manager.save(2, state)
+        manager.wait()
+        with monkeypatch.context() as patch:
+            patch.setattr(f"interns1pro_jax.{reads}", stale)
+            with pytest.raises(CheckpointError, match=r"00000002 cannot be read now .*Stale file handle.*nothing was moved"):
+                manager.restore(state)
+        assert manager.restore(state).step == 2 and not (tmp_path / "damaged").exists()
+
+
+def test_nothing_starts_anew_where_only_damaged_checkpoints_are(tmp_path, mesh):
+    with CheckpointManager(tmp_path, {}) as manager:
+        manager.check_beginning()
+        (tmp_path / "damaged" / "00000003").mkdir(parents=True)
+        with pytest.raises(CheckpointError, match=rf"no checkpoint, but damaged ones in {tmp_path}/damaged \(00000003\)"):
+            manager.check_beginning()
 
 
 def test_a_directory_that_cannot_be_made(tmp_path, mesh):

@@ -213,6 +213,17 @@ def test_a_line_cut_short_and_records_without_checkpoint_are_forgotten(tmp_path)
     assert [step for step, *_ in losses(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
+def test_records_are_kept_where_only_damaged_checkpoints_are(tmp_path):
+    run(tmp_path, steps=5)
+    expected = losses(tmp_path)
+    (tmp_path / "checkpoints" / "damaged").mkdir()
+    for step in (4, 5):
+        (tmp_path / "checkpoints" / f"{step:08d}").rename(tmp_path / "checkpoints" / "damaged" / f"{step:08d}")
+    with pytest.raises(CheckpointError, match=r"has no checkpoint, but damaged ones in .*/damaged \(00000004; 00000005\)"):
+        run(tmp_path, steps=5)
+    assert losses(tmp_path) == expected
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_ends_with_its_own_code(tmp_path, number):
     run(tmp_path / "whole")
