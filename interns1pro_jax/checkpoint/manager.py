@@ -171,7 +171,7 @@ class CheckpointManager:
                 others = [x for x in steps if x != step]
                 raise CheckpointError(f"{self._where(step)}: {damaged[step]} Choose another step (here: {others or 'none'}).")
             raise CheckpointError(
-                f"{self.directory} has no checkpoint that is whole; nothing was moved. {' '.join(damaged.values())} Put back a copy of one, "
+                f"{self.directory} has no checkpoint that is whole; nothing was moved. {' '.join(damaged.values())} Put back a copy, "
                 "or choose another workdir to start anew."
             )
         restored = self._restore(abstract, chosen)
