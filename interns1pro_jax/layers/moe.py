@@ -93,8 +93,9 @@ def expert_parallel_mlp(
     Batch over (data, fsdp, expert), sequence over context; experts over (expert, fsdp). The weight is applied before the down
     projection, so that the backward does not need that projection's output.
 
-    With `chunks` > 1 each device's tokens go through in so many equal parts, one after the other, and the backward recomputes each part
-    from its tokens: rows, hidden values and gathered tokens then take memory for one part only (gathered weights serve all).
+    With `chunks` > 1 each device's tokens go through in so many equal parts, two (of an odd number, one) at a time, and the backward
+    recomputes each part from its tokens: rows, hidden values and gathered tokens then take memory for these only (gathered weights serve
+    all), and while one of the two is computed, the other is on its way.
 
     Raises:
       ConfigError: a device's tokens do not divide into chunks of whole routing chunks.
@@ -142,29 +143,58 @@ def _local_mlp(
     # Typed as varying before they are gathered, so that the backward scatters a gradient over fsdp before it sums the shards
     # over data and context.
     wi, wo = (as_varying(w.astype(x_BTD.dtype), varying_axes(x_BTD)) for w in (wi_LEDF, wo_LEFD))
-    with jax.named_scope("expert_weight_all_gather"):
-        wi = jax.lax.all_gather(wi, "fsdp", axis=2, tiled=True)
-        wo = jax.lax.all_gather(wo, "fsdp", axis=3, tiled=True)
-    wi, wo = wi.reshape(-1, *wi.shape[2:]), wo.reshape(-1, *wo.shape[2:])
+    together = 2 - chunks % 2
+    if gathers:
+        # Parts of a row are gathered in an order that is not that of a matrix in memory, and all of it laid out anew. Transposed, they
+        # are whole rows.
+        wis, wos = (_gathered(together, w) for w in (wi, jnp.swapaxes(wo, 2, 3)))
+    else:
+        wis, wos = (wi,) * together, (wo,) * together
     if adapters is not None:
         wi_a, wi_b, wo_a, wo_b = (as_varying(w.astype(x_BTD.dtype), varying_axes(x_BTD)) for w in adapters)
         with jax.named_scope("adapter_all_gather"):
             wi_a, wo_b = jax.lax.all_gather(wi_a, "fsdp", axis=1, tiled=True), jax.lax.all_gather(wo_b, "fsdp", axis=2, tiled=True)
         products = with_adapters(products, (wi_a, wi_b), (wo_a, wo_b), scale)
 
-    mlp = partial(_chunk_mlp, wi=wi, wo=wo, products=products, ranks=ranks, own_experts=own_experts, offset=offset)
+    mlp = partial(_chunk_mlp, transposed=gathers, products=products, ranks=ranks, own_experts=own_experts, offset=offset)
     per_token = (x.reshape(b * t, *x.shape[2:]) for x in (x_BTD, routing.ids_BTGC, routing.ranks_BTGC, routing.weights_BTGC))
     tokens = *per_token, routing.counts_NE
     if chunks == 1:
-        return mlp(tokens).reshape(b, t, d)
-    parts = jax.tree.map(lambda x: x.reshape(chunks, -1, *x.shape[1:]), tokens)
-    return jax.lax.map(jax.checkpoint(mlp, prevent_cse=False), parts).reshape(b, t, d)
+        return mlp(tokens, wis[0], wos[0]).reshape(b, t, d)
+
+    def pair(parts):
+        # While one is computed, the other is on its way.
+        return jnp.stack([jax.checkpoint(mlp)(jax.tree.map(lambda x, i=i: x[i], parts), wis[i], wos[i]) for i in range(together)])
+
+    parts = jax.tree.map(lambda x: x.reshape(chunks // together, together, -1, *x.shape[1:]), tokens)
+    out = pair(jax.tree.map(lambda x: x[0], parts)) if chunks == together else jax.lax.map(pair, parts)
+    return out.reshape(b, t, d)
 
 
-def _chunk_mlp(tokens, *, wi, wo, products: ExpertProducts, ranks: int, own_experts: int, offset):
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gathered(chunks: int, weight: jax.Array) -> tuple[jax.Array, ...]:
+    """Weights gathered over fsdp along their second last dimension, once for all parts. The gradient of each of those that go together is
+    scattered by itself and only then added: to add up whole matrices reads and writes fsdp times as much."""
+    with jax.named_scope("expert_weight_all_gather"):
+        return (jax.lax.all_gather(weight, "fsdp", axis=2, tiled=True),) * chunks
+
+
+def _scattered(chunks: int, _: None, gradients: tuple[jax.Array, ...]) -> tuple[jax.Array]:
+    with jax.named_scope("expert_weight_all_gather"):
+        parts = [jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=2, tiled=True) for gradient in gradients]
+    if chunks > 1:  # or XLA adds first and scatters once
+        parts = jax.lax.optimization_barrier(parts)
+    return (sum(parts[1:], start=parts[0]),)
+
+
+_gathered.defvjp(lambda chunks, weight: (_gathered(chunks, weight), None), _scattered)
+
+
+def _chunk_mlp(tokens, wi, wo, *, transposed: bool, products: ExpertProducts, ranks: int, own_experts: int, offset):
     """Some tokens of every device of the expert axis through the experts of this one, and back; `tokens` are this device's, with
-    their routing."""
+    their routing. `transposed` are the matrices `wo`."""
     x_TD, ids_TGC, ranks_TGC, weights_TGC, counts_NE = tokens
+    wi, wo = wi.reshape(-1, *wi.shape[2:]), wo.reshape(-1, *wo.shape[2:])
     own_slots = ids_TGC.shape[1] // ranks * ids_TGC.shape[2]
     with jax.named_scope("token_all_gather"):
         x_ND = jax.lax.all_gather(x_TD, "expert", tiled=True)
@@ -179,6 +209,6 @@ def _chunk_mlp(tokens, *, wi, wo, products: ExpertProducts, ranks: int, own_expe
 
     rows_MD = dispatch(x_ND, plan)
     hidden_MF = products.swiglu(rows_MD, wi, permute_slots(weights_NS, plan), plan.group_sizes_G, group_offset=offset)
-    out_ND = combine(products.product(hidden_MF, wo, plan.group_sizes_G, group_offset=offset), plan)
+    out_ND = combine(products.product(hidden_MF, wo, plan.group_sizes_G, transposed=transposed, group_offset=offset), plan)
     with jax.named_scope("token_reduce_scatter"):
         return jax.lax.psum_scatter(out_ND, "expert", tiled=True)

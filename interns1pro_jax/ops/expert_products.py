@@ -26,11 +26,17 @@ class ExpertProducts:
 
 
 def product_fp8(
-    lhs_MK: Float[Array, "M K"], rhs_GKN: Float[Array, "G K N"], group_sizes_G: Int[Array, " G_used"], *, group_offset: Offset = None
+    lhs_MK: Float[Array, "M K"],
+    rhs: Float[Array, "G rows columns"],
+    group_sizes_G: Int[Array, " G_used"],
+    *,
+    transposed: bool = False,
+    group_offset: Offset = None,
 ) -> Float[Array, "M N"]:
     """`grouped_matmul` with rows, matrices and gradients in e4m3 (`ops.fp8`)."""
     if group_offset is not None:
-        rhs_GKN = jax.lax.dynamic_slice_in_dim(rhs_GKN, jnp.asarray(group_offset, jnp.int32), group_sizes_G.size)
+        rhs = jax.lax.dynamic_slice_in_dim(rhs, jnp.asarray(group_offset, jnp.int32), group_sizes_G.size)
+    rhs_GKN = jnp.swapaxes(rhs, 1, 2) if transposed else rhs
     return grouped_matmul_fp8(lhs_MK, rhs_GKN, group_sizes_G, preferred_element_type=lhs_MK.dtype)
 
 
@@ -61,8 +67,8 @@ def with_adapters(products: ExpertProducts, into: tuple[Array, Array], out_of: t
         whole = products.product(lhs_MK, rhs_GKN, group_sizes_G, group_offset=group_offset)
         return weighted_swiglu(whole + low_rank(lhs_MK, *into, group_sizes_G), weights_M)
 
-    def product(lhs_MK: Array, rhs_GKN: Array, group_sizes_G: Array, *, group_offset: Offset = None) -> Array:
-        whole = products.product(lhs_MK, rhs_GKN, group_sizes_G, group_offset=group_offset)
+    def product(lhs_MK: Array, rhs: Array, group_sizes_G: Array, *, transposed: bool = False, group_offset: Offset = None) -> Array:
+        whole = products.product(lhs_MK, rhs, group_sizes_G, transposed=transposed, group_offset=group_offset)
         return whole + low_rank(lhs_MK, *out_of, group_sizes_G)
 
     return ExpertProducts(swiglu, product)

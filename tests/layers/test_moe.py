@@ -190,7 +190,7 @@ def test_chunks_equal_the_whole_and_take_less_memory():
         (wanted, whole), (got, part) = gradients(1), gradients(4)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
-    assert part < whole / 2
+    assert part < 0.7 * whole  # two of the four parts at a time
 
 
 def test_expert_axis_must_divide_the_groups():
