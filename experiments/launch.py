@@ -9,10 +9,12 @@ is an error, so that a misspelt parameter never trains with a default.
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import gin
+import jax
 from absl import app, flags, logging
 
 from experiments import bindings
@@ -21,11 +23,15 @@ from interns1pro_jax.checkpoint.manager import check_writable
 from interns1pro_jax.config import ConfigError
 from interns1pro_jax.data.records import DataError
 from interns1pro_jax.train.faults import BadStepError
+from interns1pro_jax.train.watchdog import INTERRUPTED
 
 _GIN_FILE = flags.DEFINE_multi_string("gin_file", [], "Recipe to run; several are read one after the other.")
 _GIN_PARAM = flags.DEFINE_multi_string("gin_param", [], "Binding that overrides the recipe, for example 'train.steps = 10'.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and the report go; default runs/<name of the recipe>.")
 _COMPILE_ONLY = flags.DEFINE_bool("compile_only", False, "Compile the step for the recipe's hardware and report what it needs.")
+
+# Errors of XLA that would come again. All others are taken for a device, a network or another process that failed.
+_LASTING = ("INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "UNIMPLEMENTED")
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -62,13 +68,19 @@ def parse(files: Sequence[str], params: Sequence[str]) -> None:
 
 
 def run(workdir: Path, compile_only: bool = False) -> None:
-    """Runs what was parsed; ends the process with one line where the configuration, the data or the disk is at fault."""
+    """Runs what was parsed; ends the process with one line where the configuration, the data or the disk is at fault, and with code
+    `INTERRUPTED` where a device or another process is."""
     try:
         bindings.platform(compile_only=compile_only)
         check_writable(workdir)
         launch(workdir, compile_only)
     except (ConfigError, CheckpointError, DataError, BadStepError) as error:
         sys.exit(f"error: {error}")
+    except jax.errors.JaxRuntimeError as error:
+        if compile_only or str(error).startswith(_LASTING):
+            raise
+        traceback.print_exc()
+        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

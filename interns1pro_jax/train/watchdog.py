@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import signal
 import sys
 import threading
 import time
@@ -18,7 +19,8 @@ class Watchdog:
 
     Else it writes the stacks of all threads to `DIRECTORY/hang_process_P.txt` and to standard error, and ends the process with code
     `INTERRUPTED`, without cleaning up: a device or a file system that does not answer would hang that too. The watch begins with the
-    first beat.
+    first beat. Where the interpreter itself is stuck, so that no thread gets a turn, SIGALRM ends the process after twice that time,
+    with the stacks on standard error; nothing else may use that signal meanwhile.
 
     Args:
       seconds: None watches nothing.
@@ -33,6 +35,8 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         if self._seconds is not None:
+            # In C, so that it needs no turn of the interpreter; chained to the default action, which ends the process.
+            faulthandler.register(signal.SIGALRM, all_threads=True, chain=True)
             self._thread.start()
         return self
 
@@ -40,7 +44,8 @@ class Watchdog:
         self._ended.set()
         if self._seconds is not None:
             self._thread.join()
-            faulthandler.cancel_dump_traceback_later()
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            faulthandler.unregister(signal.SIGALRM)
 
     def beat(self, doing: str) -> None:
         """All is well; what follows is `doing`."""
@@ -51,8 +56,7 @@ class Watchdog:
         while not self._ended.wait(self._seconds / 8):
             if self._beat is None:
                 continue
-            # Where this thread gets no turn either, because the interpreter is stuck, the timer of the C library ends the process.
-            faulthandler.dump_traceback_later(2 * self._seconds, exit=True)
+            signal.setitimer(signal.ITIMER_REAL, 2 * self._seconds)
             since, doing = self._beat
             if time.monotonic() - since > self._seconds:
                 self._end(doing)

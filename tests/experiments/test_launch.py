@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import gin
+import jax
 import pytest
 
 from experiments import launch
 from interns1pro_jax.config import ModelConfig
 from interns1pro_jax.train import aot
+from interns1pro_jax.train.watchdog import INTERRUPTED
 
 RECIPES = sorted((launch.ROOT / "configs" / "recipes").glob("*.gin"))
 
@@ -60,6 +62,22 @@ def test_unwritable_workdir_is_named(tmp_path):
     launch.parse([str(launch.ROOT / "configs/recipes/demo.gin")], [])
     with pytest.raises(SystemExit, match=f"error: .*{blocked}"):
         launch.run(Path(blocked) / "run")
+
+
+@pytest.mark.parametrize(
+    ("message", "ending"),
+    [("INTERNAL: a link is down", SystemExit), ("RESOURCE_EXHAUSTED: out of memory", jax.errors.JaxRuntimeError)],
+)
+def test_a_device_that_fails_ends_a_run_to_be_started_again_unless_it_would_fail_again(tmp_path, monkeypatch, capsys, message, ending):
+    def fails(*_):
+        raise jax.errors.JaxRuntimeError(message)
+
+    launch.parse([str(launch.ROOT / "configs/recipes/demo.gin")], [])
+    monkeypatch.setattr(launch, "launch", fails)
+    with pytest.raises(ending) as error:
+        launch.run(tmp_path)
+    if ending is SystemExit:
+        assert error.value.code == INTERRUPTED and message in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not aot.can_compile(), reason="the devices of a TPU pod come from libtpu (Linux on x86-64)")
