@@ -144,6 +144,21 @@ def _damage(checkpoint: Path, items: Iterable[str], process: int, processes: int
     return problems + [problem for problem in _in_threads(look, enumerate(sorted(wanted.items()))) if problem]
 
 
+def require_whole(checkpoint: Path, items: Iterable[str], steps: Iterable[int]) -> None:
+    """Compares a checkpoint that is only read with its checksums (see `damage`).
+
+    Args:
+      steps: of the checkpoints beside it, which the error names.
+
+    Raises:
+      CheckpointError: it is damaged, or cannot be read now.
+    """
+    if problems := damage(checkpoint, items):
+        raise CheckpointError(
+            f"{checkpoint} is damaged ({'; '.join(problems[:4])}); give another step (here: {sorted(steps)}), or fetch it again."
+        )
+
+
 def write_sums(item: Path) -> None:
     """Sums all files of a checkpoint's subdirectory that no process has summed as its own."""
     summed = {name for path in item.glob(f"{_SUMS}.*.json") for name in json.loads(path.read_text())} | {f"{_SUMS}.json"}

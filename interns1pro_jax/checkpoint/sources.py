@@ -6,12 +6,14 @@ for, and the chunks of storage that it lies in. `HfSource` reads the released la
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import tensorstore as ts
@@ -19,6 +21,7 @@ import tensorstore as ts
 from interns1pro_jax.checkpoint.errors import CheckpointError
 from interns1pro_jax.checkpoint.hf_import import ParameterReader, check_fit, parameters_of
 from interns1pro_jax.checkpoint.hf_names import HfParameter, hf_parameters
+from interns1pro_jax.checkpoint.integrity import require_whole
 from interns1pro_jax.checkpoint.manager import MANIFEST, STATE, failure_reason
 from interns1pro_jax.checkpoint.safetensors_io import Checkpoint
 from interns1pro_jax.config import ModelConfig
@@ -26,6 +29,7 @@ from interns1pro_jax.config_checks import from_dict
 from interns1pro_jax.ops.quantization import WEIGHT_BLOCK
 
 _READERS = 8
+_CACHE = 2**29  # bytes of adapters that are kept
 
 
 class Source(Protocol):
@@ -73,7 +77,7 @@ class HfSource:
 
 class RunSource:
     """A checkpoint of a run (`WORKDIR/checkpoints`), or one that `stream.write_run` or `weights.write_weights` made; parameters are read as
-    they are stored.
+    they are stored, adapters merged.
 
     Args:
       step: which checkpoint; None takes the newest.
@@ -89,11 +93,18 @@ class RunSource:
         if step not in steps:
             raise CheckpointError(f"{directory} has no checkpoint{f' of step {step}' if step >= 0 else ''}; it has {steps or 'none'}.")
         self.directory, self.step, self.identity = directory / f"{step:08d}", step, f"{directory} {step}"
+        require_whole(self.directory, (STATE, MANIFEST), steps)
         try:
-            identity = json.loads((self.directory / MANIFEST / "metadata").read_text())["identity"]
-            self.config = from_dict(ModelConfig, identity["model"])
-            zarr3 = json.loads((self.directory / STATE / "_METADATA").read_text()).get("use_zarr3", False)
-            self._stores = _open_stores(self.directory / STATE, zarr3, hf_parameters(self.config))
+            manifest = json.loads((self.directory / MANIFEST / "metadata").read_text())
+            config = from_dict(ModelConfig, manifest["identity"]["model"])
+            self.config = dataclasses.replace(config, text=dataclasses.replace(config.text, lora=None))
+            parameters, arrays = hf_parameters(self.config), manifest["arrays"]
+            places = {parameter.path: place_of(run_name(parameter.path), arrays) for parameter in parameters}
+            self._stores = _open(self.directory / STATE, places)
+            for parameter in parameters:
+                if (shape := self._stores[parameter.path].shape) != parameter.shape:
+                    raise CheckpointError(f"{places[parameter.path]} has shape {shape}, not {parameter.shape}")
+            self._adapters = _open_adapters(self.directory / STATE, config, self._stores, arrays)
         except Exception as error:  # tensorstore raises bare exceptions for damaged files
             raise CheckpointError(
                 f"{self.directory} cannot be read ({failure_reason(error)}); give another step (here: {steps}), or fetch it again."
@@ -120,7 +131,9 @@ class RunSource:
 
     def read(self, parameter: HfParameter, box: Sequence[slice]) -> np.ndarray:
         try:
-            return np.asarray(self._stores[parameter.path][tuple(box)].read().result())
+            values = np.asarray(self._stores[parameter.path][tuple(box)].read().result())
+            adapter = self._adapters.get(parameter.path)
+            return values if adapter is None else adapter.merged(values, box)
         except Exception as error:
             raise CheckpointError(
                 f"{self.directory}: {parameter.path} cannot be read ({failure_reason(error)}); fetch it again."
@@ -138,22 +151,70 @@ def run_name(path: str) -> str:
     return f"{kind}/{path.replace('.', '/')}"
 
 
-def _open_stores(state: Path, zarr3: bool, parameters: Sequence[HfParameter]) -> Mapping[str, ts.TensorStore]:
+def place_of(name: str, saved: Collection[str]) -> str:
+    """Where a run has saved an array of the model: what it did not train lies beside the buffers, adapters among the parameters."""
+    kind, _, rest = name.partition("/")
+    other = {"params": "buffers", "buffers": "params"}[kind] + "/" + rest
+    return other if name not in saved and other in saved else name
+
+
+class _Adapter(NamedTuple):
+    """The factors of a low-rank change `scale * A B` of a parameter; before the sizes that A or B has alone, both have `shared` axes."""
+
+    a: ts.TensorStore
+    b: ts.TensorStore
+    shared: int
+    scale: float
+
+    def merged(self, values: np.ndarray, box: Sequence[slice]) -> np.ndarray:
+        """The part `box` of the parameter with its change, as `layers.lora.merged` computes it."""
+        into = self.a.ndim - 1
+        a = np.asarray(self.a[(*box[:into], slice(None))].read().result())
+        b = np.asarray(self.b[(*box[: self.shared], slice(None), *box[into:])].read().result())
+        stacked, rank = values.shape[: self.shared], a.shape[-1]
+        change = (a.reshape(*stacked, -1, rank) @ b.reshape(*stacked, rank, -1)).reshape(values.shape)
+        return (values.astype(np.float32) + self.scale * change).astype(values.dtype)
+
+
+def _open_adapters(
+    state: Path, config: ModelConfig, stores: Mapping[str, ts.TensorStore], saved: Collection[str]
+) -> Mapping[str, _Adapter]:
+    """The adapters of the parameters that have one: `attention/lora/q/a` and `b` of `attention/q_DQH`, `moe/lora/wi_a_EDR` and `wi_b_ERF`
+    of `moe/wi_EDF`."""
+    if config.text.lora is None:
+        return {}
+    left = {name.partition("/")[2]: name for name in saved if name.startswith(("params/", "buffers/")) and "/lora/" in name}
+    adapters = {}
+    for path, store in stores.items():
+        block, _, leaf = path.replace(".", "/").rpartition("/")
+        which, _, dims = leaf.partition("_")
+        factor = re.compile(rf"{block}/lora/{which}(/[ab]|_[ab]_[A-Z]+)")
+        if not dims[:1].isupper() or not (names := sorted(name for name in left if factor.fullmatch(name))):
+            continue
+        # Several boxes are made of one chunk of factors.
+        factors = _open(state, {name: left.pop(name) for name in names}, _CACHE)
+        a, b = (factors[name] for name in names)
+        adapter = adapters[path] = _Adapter(a, b, a.ndim + b.ndim - 2 - store.ndim, config.text.lora.scale)
+        if a.shape[:-1] + b.shape[adapter.shared + 1 :] != store.shape:
+            raise CheckpointError(f"adapters {', '.join(names)} have shapes {a.shape} and {b.shape}, which do not make {store.shape}")
+    if left:
+        raise CheckpointError(f"adapters belong to no parameter: {', '.join(sorted(left.values())[:4])}")
+    return adapters
+
+
+def _open(state: Path, places: Mapping[str, str], cache: int = 0) -> Mapping[str, ts.TensorStore]:
+    """The arrays stored at these places; `cache` is the bytes of chunks that are kept once they are read."""
     collected = (state / "manifest.ocdbt").exists()
-    context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
+    zarr3 = json.loads((state / "_METADATA").read_text()).get("use_zarr3", False)
+    context = ts.Context({"cache_pool": {"total_bytes_limit": cache}})
     opened = {}
-    for parameter in parameters:
-        name = run_name(parameter.path)
+    for path, name in places.items():
         kvstore: dict[str, Any] = {"driver": "file", "path": f"{state}/{name}/"}
         if collected:
             kvstore = {"driver": "ocdbt", "base": f"file://{state}/", "path": f"{name}/"}
         spec = {"driver": "zarr3" if zarr3 else "zarr", "kvstore": kvstore}
-        opened[parameter.path] = ts.open(spec, open=True, read=True, context=context)
-    stores = {path: future.result() for path, future in opened.items()}
-    for parameter in parameters:
-        if stores[parameter.path].shape != parameter.shape:
-            raise CheckpointError(f"{run_name(parameter.path)} has shape {stores[parameter.path].shape}, not {parameter.shape}")
-    return stores
+        opened[path] = ts.open(spec, open=True, read=True, context=context)
+    return {path: future.result() for path, future in opened.items()}
 
 
 def _part(config: ModelConfig, path: str) -> Any:

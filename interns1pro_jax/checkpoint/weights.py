@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Collection
 from pathlib import Path
 
 import jax
@@ -13,8 +12,9 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from interns1pro_jax.checkpoint.errors import CheckpointError
-from interns1pro_jax.checkpoint.integrity import RestoreArrays, RestoreJson, SummedArrays, SummedJson, damage
+from interns1pro_jax.checkpoint.integrity import RestoreArrays, RestoreJson, SummedArrays, SummedJson, require_whole
 from interns1pro_jax.checkpoint.manager import MANIFEST, STATE, CheckpointManager, failure_reason, named_leaves
+from interns1pro_jax.checkpoint.sources import place_of
 from interns1pro_jax.config import ModelConfig
 from interns1pro_jax.config_checks import from_dict
 from interns1pro_jax.layers.lora import Adapter, merged
@@ -47,11 +47,7 @@ def read_weights(
             raise CheckpointError(
                 f"{directory} has no checkpoint{f' of step {step}' if step >= 0 else ''}; it has {sorted(steps) or 'none'}."
             )
-        if problems := damage(directory / f"{step:08d}", (STATE, MANIFEST)):
-            raise CheckpointError(
-                f"{directory / f'{step:08d}'} is damaged ({'; '.join(problems[:4])}); give another step (here: {sorted(steps)}), or "
-                "fetch it again."
-            )
+        require_whole(directory / f"{step:08d}", (STATE, MANIFEST), steps)
         try:
             manifest = manager.restore(step, args=ocp.args.Composite(**{MANIFEST: RestoreJson()}))[MANIFEST]
             config = from_dict(ModelConfig, manifest["identity"]["model"]).with_dtypes(dtype, param_dtype)
@@ -59,7 +55,7 @@ def read_weights(
             params, buffers = nnx.state(model, nnx.Param, ...)
             abstract = jax.tree.map(_placed, {"params": params, "buffers": buffers})
             wanted = named_leaves(abstract)
-            places = {name: _place_of(name, manifest["arrays"]) for name in wanted}
+            places = {name: place_of(name, manifest["arrays"]) for name in wanted}
             stored = {places[name]: x for name, x in wanted.items()}
             args = RestoreArrays(stored, restore_args=ocp.checkpoint_utils.construct_restore_args(stored), partial_restore=True)
             found = manager.restore(step, args=ocp.args.Composite(**{STATE: args}))[STATE]
@@ -97,10 +93,3 @@ def write_weights(directory: str | Path, model: InternS1Pro, step: int = 0, orig
 def _placed(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     spec = x.sharding.spec  # type: ignore[union-attr]
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(jax.sharding.get_mesh(), spec))  # type: ignore[arg-type]
-
-
-def _place_of(name: str, saved: Collection[str]) -> str:
-    """Where a run has saved an array of the model: what it did not train lies beside the buffers, adapters among the parameters."""
-    kind, _, rest = name.partition("/")
-    other = {"params": "buffers", "buffers": "params"}[kind] + "/" + rest
-    return other if name not in saved and other in saved else name

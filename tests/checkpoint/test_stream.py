@@ -1,5 +1,6 @@
 """Conversions without a model: the same bytes as with one, a few boxes at a time, complete or absent."""
 
+import dataclasses
 import json
 import shutil
 
@@ -11,12 +12,16 @@ from flax import nnx
 from interns1pro_jax.checkpoint import checksums, manager, stream
 from interns1pro_jax.checkpoint.errors import CheckpointError
 from interns1pro_jax.checkpoint.hf_import import load_model
+from interns1pro_jax.checkpoint.manager import CheckpointManager
 from interns1pro_jax.checkpoint.safetensors_io import open_checkpoint
 from interns1pro_jax.checkpoint.sources import HfSource, RunSource
 from interns1pro_jax.checkpoint.stream import write_hf, write_run
 from interns1pro_jax.checkpoint.weights import read_weights, write_weights
-from interns1pro_jax.config import ModelConfig
+from interns1pro_jax.config import LoraConfig, ModelConfig
+from interns1pro_jax.layers.lora import Adapter
+from interns1pro_jax.models.interns1pro import create_model
 from interns1pro_jax.sharding import make_mesh
+from tests.tiny import text_only
 from tools import inspect_checkpoint
 
 SMALL = "variant_plain_rope_2per_group"
@@ -72,6 +77,32 @@ def test_a_sharded_run_s_checkpoint_becomes_the_released_layout(reference, tmp_p
     ours, theirs = open_checkpoint(tmp_path / "out"), open_checkpoint(reference / SMALL)
     assert {name: ours.read(name).tobytes() for name in ours} == {name: theirs.read(name).tobytes() for name in theirs}
     assert ModelConfig.from_hf(tmp_path / "out") == ModelConfig.from_hf(reference / SMALL)
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=4)])
+def test_a_run_that_trained_a_part_is_read_whole_and_merged(tmp_path, monkeypatch, mesh, lora):
+    config = text_only(lora=lora)
+    model = create_model(config)
+    adapters = nnx.state(model, Adapter)
+    nnx.update(model, jax.tree.map(lambda x: x + jax.random.normal(jax.random.key(x.size), x.shape) / 4, adapters))  # B begins as zeros
+    trained = (lambda path, _: "moe" in path) if lora is None else Adapter
+    params, buffers = nnx.state(model, trained, ...)
+    with CheckpointManager(tmp_path / "run", {"model": json.loads(json.dumps(dataclasses.asdict(config)))}, keep_last=1) as run:
+        run.save(3, {"params": params, "buffers": buffers})
+    expected, _ = read_weights(tmp_path / "run")
+    monkeypatch.setattr(stream, "_BOX", 4096)
+    source = RunSource(tmp_path / "run")
+    write_run(source, tmp_path / "orbax")
+    write_hf(source, source.config, tmp_path / "hf", max_file_bytes=20_000)
+    base = dict(nnx.to_flat_state(nnx.state(model)))
+    for again in (read_weights(tmp_path / "orbax")[0], load_model(tmp_path / "hf")):
+        assert again.config.text.lora is None
+        found = dict(nnx.to_flat_state(nnx.state(again)))
+        changed = {path for path, x in found.items() if not np.array_equal(x[...], base[path][...])}
+        assert {path[-1] for path in changed} == ({"q_DQH", "k_DKH", "v_DKH", "o_QHD", "wi_EDF", "wo_EFD"} if lora else set())
+        for path, x in nnx.to_flat_state(nnx.state(expected)):
+            np.testing.assert_allclose(found.pop(path)[...], x[...], rtol=0, atol=1e-6 if path in changed else 0, err_msg=str(path))
+        assert not found
 
 
 def test_fp8_is_the_released_scheme(reference, tmp_path, mesh):
@@ -165,12 +196,14 @@ def test_damage_after_writing_is_found(reference, tmp_path, capsys):
     chunk.write_bytes(values)
     assert inspect_checkpoint.main([str(tmp_path / "run"), "--verify"]) == 1
     assert "embed_VD/0.0 has other contents" in capsys.readouterr().out
+    with pytest.raises(CheckpointError, match=r"embed_VD/0\.0 has other content than was written"):
+        RunSource(tmp_path / "run")
     chunk.unlink()
     assert inspect_checkpoint.main([str(tmp_path / "run"), "--verify"]) == 1
     assert "embed_VD/0.0 is missing" in capsys.readouterr().out
     (tmp_path / "run" / "00000000" / checksums.FILE).write_text("x")
     assert inspect_checkpoint.main([str(tmp_path / "run"), "--verify"]) == 2
     (tmp_path / "run" / "00000000" / "state" / "_METADATA").write_text("{")
-    with pytest.raises(CheckpointError, match=r"00000000 cannot be read \(.+\); give another step \(here: \[0\]\)"):
+    with pytest.raises(CheckpointError, match=r"00000000 is damaged \(.*_METADATA has 1 bytes.+\); give another step \(here: \[0\]\)"):
         RunSource(tmp_path / "run")
     assert json.loads((tmp_path / "run" / "00000000" / "manifest" / "metadata").read_text())["extras"]["origin"]
