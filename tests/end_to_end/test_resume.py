@@ -1,5 +1,6 @@
 """A run that is killed again and again gives the losses of a run that is not, to the bit, whatever moment the kill hits."""
 
+import os
 import shutil
 import signal
 import socket
@@ -15,6 +16,9 @@ from interns1pro_jax.train.metrics import read_arrays, read_records
 
 PROGRAM = [sys.executable, "-m", "tools.tiny_run"]
 ROOT = Path(__file__).resolve().parents[2]
+
+# Several programs of several processes, minutes of computing.
+long = pytest.mark.skipif("INTERNS1PRO_LONG_TESTS" not in os.environ, reason="takes minutes; INTERNS1PRO_LONG_TESTS=1 runs it")
 
 
 def start(workdir: Path, *arguments: str) -> subprocess.Popen:
@@ -85,6 +89,7 @@ def start_two(workdir: Path, arguments: dict[int, tuple[str, ...]]) -> list[subp
     return [start(workdir, "--process", str(i), "2", address, *arguments.get(i, ())) for i in range(2)]
 
 
+@long
 def test_a_process_that_dies_takes_the_other_along_and_one_alone_goes_on(tmp_path, whole):
     """The other would wait for it for ever. What two processes began, one with the devices of both ends with the same losses."""
     workdir = tmp_path / "two"
@@ -106,6 +111,7 @@ def test_a_process_that_dies_takes_the_other_along_and_one_alone_goes_on(tmp_pat
         assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-3)  # in bfloat16; gloo adds in an order of its own
 
 
+@long
 def test_another_mesh_and_accumulation_go_on_with_the_same_losses_up_to_rounding(tmp_path):
     same, other, cache = tmp_path / "same", tmp_path / "other", ("--cache", str(tmp_path / "compiled"), "--dtype", "float32")
     finish(start(same, *cache, "--kill", "step", "/7"), -signal.SIGKILL)
