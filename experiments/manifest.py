@@ -56,4 +56,6 @@ def git_state(directory: Path) -> dict[str, Any]:
 
 
 def _git(directory: Path, *arguments: str) -> str:
-    return subprocess.run(["git", "-C", str(directory), *arguments], capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        ["git", "-C", str(directory), *arguments], capture_output=True, encoding="utf-8", errors="replace", check=True
+    ).stdout

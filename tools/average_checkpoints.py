@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--expert", type=int, default=1, help="devices over which expert groups are split")
     arguments = parser.parse_args(argv)
     there = sorted(int(path.name) for path in arguments.source.glob("*") if path.name.isdecimal())
-    steps = sorted(set(arguments.steps)) if arguments.steps else there[-arguments.last :]
+    steps = sorted(set(arguments.steps)) if arguments.steps else there[max(0, len(there) - arguments.last) :]
     try:
         if len(steps) < 2:
             raise ConfigError(f"an average needs two checkpoints or more; {arguments.source} has {there or 'none'}, chosen are {steps}.")

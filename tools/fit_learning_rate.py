@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", type=Path, help="a run to predict and compare with")
     arguments = parser.parse_args(argv)
     try:
-        runs = {path.name: _read(path) for path in arguments.pilots}
+        runs = {str(path): _read(path) for path in arguments.pilots}
         law = fit(list(runs.values()), arguments.warmup)
         largest = arguments.largest or max(float(rates.max()) for rates, _ in runs.values())
         plan = best_schedule(law, arguments.steps, largest, arguments.warmup)
