@@ -23,7 +23,7 @@ from experiments.manifest import run_manifest
 from interns1pro_jax import sharding
 from interns1pro_jax.checkpoint.hf_import import load_model
 from interns1pro_jax.checkpoint.manager import CheckpointManager
-from interns1pro_jax.checkpoint.weights import read_weights
+from interns1pro_jax.checkpoint.weights import read_config, read_weights
 from interns1pro_jax.config import ConfigError, ModelConfig
 from interns1pro_jax.data.corpus import Corpus
 from interns1pro_jax.data.examples import Example
@@ -117,8 +117,6 @@ def train(
     tokenizer = corpus.load_tokenizer()
     token_ids: dict[str, Any] = {**base.model_token_ids(tokenizer)}
     model = dataclasses.replace(model, **token_ids)
-    if weights is not None and (Path(weights) / "config.json").exists():
-        _check_same(model, ModelConfig.from_hf(weights), weights)
     sources = corpus.open_sources()
     with jax.set_mesh(devices):
         rows = local_rows(corpus.pipeline.batch_size)
@@ -166,9 +164,16 @@ def train(
             for factor in plan.factors
         }
 
+        def factor_of(batch: Batch) -> int:
+            return len(batch.labels) // len(rows)
+
         def place(batch: Batch) -> Batch:
-            factor = len(batch.labels) // len(rows)
+            factor = factor_of(batch)
             return place_batch(batch, training.rows(rows, factor), factor * corpus.pipeline.batch_size)
+
+        def work(batch: Batch) -> Work:
+            size = factor_of(batch) * corpus.pipeline.batch_size
+            return Work.of_step(model.text, corpus.pipeline.row.tokens, size, jax.devices()[0].device_kind, devices.size)
 
         def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
             return steps[batch.labels.shape[0] // corpus.pipeline.batch_size](state, batch)
@@ -182,7 +187,6 @@ def train(
             return evaluation(state)
 
         identity = run_identity(model, corpus, tokenizer.fingerprint, optimizer, objective, batch_warmup, seed)
-        work = Work.of_step(model.text, corpus.pipeline.row.tokens, corpus.pipeline.batch_size, jax.devices()[0].device_kind, devices.size)
         data = {source.directory: source.manifest.fingerprint for source in sources}
         journal.manifest = run_manifest(gin.operative_config_str(), identity, data)
         with CheckpointManager(workdir / "checkpoints", identity, keep_last=keep_checkpoints) as checkpoints:
@@ -241,14 +245,13 @@ def train(
 
 
 def _start_from(state: TrainState, directory: Path, model: ModelConfig) -> TrainState:
-    """The state with the weights of a directory in place of the random ones, which go first: there may be no room for both. What a released
-    checkpoint lacks stays random: a tower, and adapters."""
-    plain = dataclasses.replace(model, text=dataclasses.replace(model.text, lora=None))
+    """The state with the weights of a directory in place of the random ones, which go first: there may be no room for both. What they
+    lack stays random: a tower, and adapters."""
     released = (directory / "config.json").exists()
-    if released:
-        stored = ModelConfig.from_hf(directory)
-        absent = {name: None for name in ("vision", "time_series") if getattr(stored, name) is None}
-        plain = dataclasses.replace(plain, **absent)  # type: ignore[arg-type]
+    stored, at = (ModelConfig.from_hf(directory), None) if released else read_config(directory)
+    _check_same(model, stored, directory)
+    absent = {name: None for name in ("vision", "time_series") if getattr(stored, name) is None}
+    plain = dataclasses.replace(model, text=dataclasses.replace(model.text, lora=None), **absent)  # type: ignore[arg-type]
     wanted = nnx.state(nnx.eval_shape(lambda: InternS1Pro(plain, rngs=nnx.Rngs(0))))
     replaced = {path for path, _ in nnx.to_flat_state(wanted)}
     parts = [dict(nnx.to_flat_state(part)) for part in (state.params, state.buffers)]
@@ -257,8 +260,7 @@ def _start_from(state: TrainState, directory: Path, model: ModelConfig) -> Train
     if released:
         network = load_model(directory, plain)
     else:
-        network, _ = read_weights(directory, dtype=model.text.dtype, param_dtype=model.text.param_dtype)
-        _check_same(plain, network.config, directory)
+        network, _ = read_weights(directory, at, dtype=model.text.dtype, param_dtype=model.text.param_dtype)
     found = dict(nnx.to_flat_state(nnx.state(network)))
     params, buffers = (nnx.from_flat_state([(path, found.get(path, x)) for path, x in part.items()]) for part in parts)
     return dataclasses.replace(state, params=params, buffers=buffers)

@@ -156,10 +156,11 @@ class Guard:
 
 
 def describe(step: int, metrics: Mapping[str, Any]) -> str:
-    """A bad step in words, from its metrics on the host."""
-    values, limits = (metrics["loss"], metrics["grad_norm"]), metrics.get("limits", (math.inf, math.inf))
+    """A bad step in words, from its metrics on the host: what was judged is `objective`, where a step has more losses than `loss`."""
+    judged = "objective" if "objective" in metrics else "loss"
+    values, limits = (metrics[judged], metrics["grad_norm"]), metrics.get("limits", (math.inf, math.inf))
     parts = [
         f"{name} {float(value):.6g}" + (f" (limit {float(limit):.6g})" if math.isfinite(limit) else "")
-        for name, value, limit in zip(("loss", "gradient norm"), values, limits, strict=True)
+        for name, value, limit in zip((judged, "gradient norm"), values, limits, strict=True)
     ]
     return f"step {step} is bad: {', '.join(parts)}; its update was not applied"

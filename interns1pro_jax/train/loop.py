@@ -26,14 +26,13 @@ from rich.console import Console
 from interns1pro_jax.checkpoint.errors import CheckpointError
 from interns1pro_jax.checkpoint.manager import CheckpointManager, check_writable
 from interns1pro_jax.config import ConfigError
-from interns1pro_jax.flops import Work
 from interns1pro_jax.train.faults import STOP_IF_NOT_FINITE, BadStepError, FaultPolicy, Guard, Rewind
 from interns1pro_jax.train.feed import Batches, DataPlace, Feed, place_batch
 from interns1pro_jax.train.journal import SAVE, Journal
 from interns1pro_jax.train.metrics import JsonLines, TensorBoard, Writer
 from interns1pro_jax.train.profile import Profiler
 from interns1pro_jax.train.progress import Progress
-from interns1pro_jax.train.recorder import DUMPS, Metrics, Recorder
+from interns1pro_jax.train.recorder import DUMPS, Metrics, Recorder, WorkOf
 from interns1pro_jax.train.state import TrainState, abstract_state, count_tokens
 from interns1pro_jax.train.watchdog import INTERRUPTED, Watchdog
 
@@ -110,7 +109,7 @@ def train(
     writers: Callable[[Path], Sequence[Writer]] = default_writers,
     console: Console | None = None,
     journal: Journal | None = None,
-    work: Work | None = None,
+    work: WorkOf | None = None,
 ) -> TrainState:
     """Trains until `config.steps` updates are done in all, from the latest checkpoint if there is one.
 
@@ -125,7 +124,7 @@ def train(
       place: puts a host batch on the mesh.
       writers: destinations of scalars; they are used by the first process only.
       journal: of `workdir`, begun when the process began.
-      work: of a step, for its FLOP/s and MFU in the records.
+      work: of the step of a host batch, for its FLOP/s and MFU in the records.
 
     Raises:
       Interrupted: after SIGTERM or SIGINT; the state has been saved. A second signal ends the process at once.

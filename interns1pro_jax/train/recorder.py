@@ -20,6 +20,7 @@ from interns1pro_jax.train.metrics import ARRAYS, Writer, write_npz
 from interns1pro_jax.train.progress import Progress
 
 Metrics = Mapping[str, Any]
+WorkOf = Callable[[Any], Work]  # of the step that a host batch is for: their sizes may differ
 
 DUMPS = "dumps"
 _KEPT = 8  # bad steps of a process whose batches are kept
@@ -28,7 +29,7 @@ _KEPT = 8  # bad steps of a process whose batches are kept
 class Recorder:
     """Fetches the metrics of a step while the next one runs, and writes them."""
 
-    def __init__(self, workdir: Path, writers: Sequence[Writer], progress: Progress, guard: Guard, journal: Journal, work: Work | None):
+    def __init__(self, workdir: Path, writers: Sequence[Writer], progress: Progress, guard: Guard, journal: Journal, work: WorkOf | None):
         self._workdir, self._writers, self._progress, self._guard, self._journal = workdir, writers, progress, guard, journal
         self._work = work
         self._pending: tuple[int, Metrics, Any] | None = None
@@ -85,7 +86,7 @@ class Recorder:
         record = {name: float(value) for name, value in values.items() if value.ndim == 0} | {"tokens_seen": self._tokens_seen, **host}
         if self._clock is not None:
             record["tokens_per_second"] = float(values["tokens"]) / (now - self._clock)
-            record |= {} if self._work is None else self._work.metrics(now - self._clock)
+            record |= {} if self._work is None else self._work(batch).metrics(now - self._clock)
         self._clock = now
         self._arrays = {name: value for name, value in values.items() if value.ndim > 0}
         verdict = self._judge(step, values, batch)

@@ -76,9 +76,10 @@ def make_train_step(
       faults: which updates are not applied; that of `init_state`.
       compiler_options: of XLA, as its flags are named without dashes; a backend refuses those that are not its own.
 
-    Metrics are those of `metrics_of`, and `grad_norm` (before clipping), `learning_rate`, `applied` (whether the update was), `limits`
-    (of loss and gradient norm), and `router/unselected_grad` per MoE layer: the norm of the straight-through gradient on the logits
-    of experts that were not run, and `router/unselected_grad_norm` over all layers.
+    Metrics are those of `metrics_of`, and `objective` (cross entropy and all weighed losses of the routers), `grad_norm` (before clipping),
+    `learning_rate`, `applied` (whether the update was), `limits` (of objective and gradient norm), and `router/unselected_grad` per MoE
+    layer: the norm of the straight-through gradient on the logits of experts that were not run, and `router/unselected_grad_norm` over all
+    layers.
 
     Raises:
       ConfigError: while tracing, rows or tokens that do not divide as `step_config` asks; parameters in bfloat16, whose updates would
@@ -118,7 +119,8 @@ def make_train_step(
         metrics = metrics_of(config, sums)
         limits = faults.limits(state.history)
         update = optimizer.update(grads, state.opt_state, state.params, state.step, loss, limits)
-        metrics |= {"grad_norm": update.grad_norm, "learning_rate": update.learning_rate, "applied": update.applied, "limits": limits}
+        metrics |= {"objective": loss, "grad_norm": update.grad_norm}
+        metrics |= {"learning_rate": update.learning_rate, "applied": update.applied, "limits": limits}
         if step_config.noise_scale:
             # Each part has its share of the sum: the gradient of its own mean is as many times larger as there are parts.
             true, variance = noise_estimates(microbatches**2 * squares.mean(), update.grad_norm**2, microbatches)

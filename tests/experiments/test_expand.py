@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from experiments.expand import COUNTS, GROWN, SOURCE, expand
+from experiments.train import _start_from as start_from
 from experiments.train import train
 from interns1pro_jax.checkpoint.errors import CheckpointError
 from interns1pro_jax.checkpoint.weights import write_weights
@@ -24,16 +25,18 @@ from interns1pro_jax.data.preparation import PreparationConfig, write_documents
 from interns1pro_jax.expansion.assignment import ExpansionConfig
 from interns1pro_jax.expansion.manifest import FILE, Manifest
 from interns1pro_jax.models.interns1pro import create_model
-from interns1pro_jax.optim.optimizer import OptimizerConfig
+from interns1pro_jax.optim.optimizer import OptimizerConfig, make_optimizer
 from interns1pro_jax.optim.schedule import constant
 from interns1pro_jax.sharding import MeshConfig, make_mesh
 from interns1pro_jax.tokenizer.base import model_token_ids
 from interns1pro_jax.tokenizer.byte_bpe import ByteBpeTokenizer
 from interns1pro_jax.train.loop import LoopConfig
 from interns1pro_jax.train.metrics import read_records
+from interns1pro_jax.train.state import init_state
 from interns1pro_jax.train.step import StepConfig
 from tests.data.conftest import WORDS, make_document
 from tests.expansion.conftest import source_config
+from tests.tiny import multimodal
 
 EXPANSION = ExpansionConfig(growth=2, groups=4, experts_per_token=4)
 
@@ -111,3 +114,22 @@ def test_what_is_missing_is_named_before_anything_is_written(tmp_path, run, corp
     (workdir / COUNTS).write_bytes(b"PK damaged")
     with pytest.raises(CheckpointError, match="holds no routing counts"):
         expand(workdir, expansion=EXPANSION, **given)
+
+
+def test_a_run_begins_with_the_weights_of_one_without_its_tower(tmp_path, corpus):
+    whole = multimodal()
+    whole = dataclasses.replace(whole, text=dataclasses.replace(whole.text, vocab_size=336))
+    ids: dict[str, Any] = {**model_token_ids(corpus.load_tokenizer())}
+    blind = dataclasses.replace(whole, vision=None, **ids)
+    with jax.set_mesh(make_mesh()):
+        stored = create_model(blind, 5)
+        write_weights(tmp_path / "blind", stored)
+        _, state = init_state(create_model(whole), make_optimizer(OptimizerConfig(), constant(1e-3)))
+        other = dataclasses.replace(whole, text=dataclasses.replace(whole.text, rope_theta=1.0))
+        with pytest.raises(ConfigError, match=r"of another model \(text\.rope_theta"):
+            start_from(state, tmp_path / "blind", other)
+        vision = jax.tree.map(np.asarray, state.params["vision"])
+        begun = start_from(state, tmp_path / "blind", whole)
+        assert not any(x.is_deleted() for x in jax.tree.leaves(begun))
+        jax.tree.map(np.testing.assert_array_equal, begun.params["vision"], vision)
+        np.testing.assert_array_equal(begun.params["text"]["embed_VD"][...], stored.text.embed_VD[...])
