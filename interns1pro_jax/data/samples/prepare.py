@@ -32,7 +32,7 @@ from interns1pro_jax.tokenizer.byte_bpe import ByteBpeTokenizer
 
 SPLITS = ("train", "validation")
 MANIFEST, TOKENIZER = "samples.json", "tokenizer.json"
-_READERS = (prose, molecules, pictures, signals)
+_MODULES = (prose, molecules, pictures, signals, packages, records, encoding, examples, preparation, byte_bpe, image_processing)
 # The demo's model is small: its images are, too.
 _BOUNDS = PixelBounds(1024, 9216)
 
@@ -42,25 +42,29 @@ class Expectation:
     """What a source must yield, and how it is split.
 
     Attributes:
+      reader: what yields its documents, perhaps among those of other sources.
       documents: how many; fixed by the bytes of the packages.
       validation_share: of the groups.
       tolerance: share by which `documents` may be missed: RDKit's releases differ a little in the molecules they accept.
     """
 
+    reader: Callable[[Archives], Iterator[Sample]]
     documents: int
     validation_share: float
     tolerance: float = 0.0
 
 
 EXPECTED = {
-    prose.SOURCE: Expectation(971, 0.05),
-    molecules.SOURCE_VALUES: Expectation(1750, 0.08, 0.01),
-    molecules.SOURCE_DRAWINGS: Expectation(4224, 0.08, 0.01),
-    pictures.SOURCE_PICTURES: Expectation(219, 0.15),
-    pictures.SOURCE_DIGITS: Expectation(3594, 0.1),
-    signals.SOURCE_RECORDINGS: Expectation(861, 0.12),
-    signals.SOURCE_SERIES: Expectation(2969, 0.1),
+    prose.SOURCE: Expectation(prose.samples, 971, 0.05),
+    molecules.SOURCE_VALUES: Expectation(molecules.samples, 1750, 0.08, 0.01),
+    molecules.SOURCE_DRAWINGS: Expectation(molecules.samples, 4224, 0.08, 0.01),
+    pictures.SOURCE_PICTURES: Expectation(pictures.samples, 219, 0.15),
+    pictures.SOURCE_DIGITS: Expectation(pictures.samples, 3594, 0.1),
+    signals.SOURCE_RECORDINGS: Expectation(signals.samples, 861, 0.12),
+    signals.SOURCE_SERIES: Expectation(signals.samples, 2969, 0.1),
+    prose.SOURCE_ALL: Expectation(prose.documentation, 11995, 0.05, 0.01),
 }
+DEMO = tuple(source for source in EXPECTED if source != prose.SOURCE_ALL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,34 +119,36 @@ def split_of(group: str, validation_share: float) -> str:
     return SPLITS[number < validation_share * 2**64]
 
 
-def fingerprint(vocab_size: int) -> str:
+def fingerprint(vocab_size: int, chosen: Sequence[str]) -> str:
     """Changes whenever the packages, the code that reads and encodes them, or the libraries that it uses do."""
-    modules = (*_READERS, packages, records, encoding, examples, preparation, byte_bpe, image_processing)
-    code = [inspect.getsource(part) for part in (*modules, split_of, prepare, collect)]
+    code = [inspect.getsource(part) for part in (*_MODULES, split_of, prepare, collect)]
     libraries = [importlib.metadata.version(name) for name in ("rdkit", "pymseed", "pillow", "tokenizers")]
-    expected = {source: dataclasses.astuple(expectation) for source, expectation in EXPECTED.items()}
+    expected = {source: (e.documents, e.validation_share, e.tolerance) for source, e in EXPECTED.items() if source in chosen}
     return hashlib.sha256(json.dumps([code, libraries, expected, vocab_size]).encode()).hexdigest()
 
 
-def prepare(downloads: Path, output: Path, vocab_size: int, progress: Callable[[str, int], None]) -> SampleData:
+def prepare(
+    downloads: Path, output: Path, vocab_size: int, progress: Callable[[str, int], None], chosen: Sequence[str] = DEMO
+) -> SampleData:
     """Writes the prepared sources of the packages in `downloads` to `output`; does nothing where they are there already.
 
     Args:
       vocab_size: ids of the tokenizer, at most.
       progress: called with a source and the documents read from it so far.
+      chosen: the sources, of `EXPECTED`; the tokenizer is trained on their text alone.
 
     Raises:
       DataError: a source yields another number of documents than it must.
       ConfigError: a library for reading is missing.
     """
-    wanted = fingerprint(vocab_size)
+    wanted = fingerprint(vocab_size, chosen)
     if (found := existing(output)) and found.fingerprint == wanted and found.is_whole():
         return found
     (output / MANIFEST).unlink(missing_ok=True)
     for split in SPLITS:
         shutil.rmtree(output / split, ignore_errors=True)
 
-    documents = collect(downloads, progress)
+    documents = collect(downloads, progress, chosen)
     texts = (part.text for splits in documents.values() for d in splits["train"] for part in d.parts if isinstance(part, TextPart))
     tokenizer = ByteBpeTokenizer.train(texts, vocab_size)
     tokenizer.save(output / TOKENIZER)
@@ -171,12 +177,15 @@ def existing(output: Path) -> SampleData | None:
         return None
 
 
-def collect(downloads: Path, progress: Callable[[str, int], None]) -> dict[str, dict[str, list[Document]]]:
+def collect(downloads: Path, progress: Callable[[str, int], None], chosen: Sequence[str]) -> dict[str, dict[str, list[Document]]]:
     """All documents by source and split."""
-    documents: dict[str, dict[str, list[Document]]] = {source: {split: [] for split in SPLITS} for source in EXPECTED}
+    documents: dict[str, dict[str, list[Document]]] = {source: {split: [] for split in SPLITS} for source in chosen}
+    readers = dict.fromkeys(EXPECTED[source].reader for source in chosen)
     with Archives(downloads) as archives:
-        samples: Iterator[Sample] = itertools.chain.from_iterable(reader.samples(archives) for reader in _READERS)
+        samples: Iterator[Sample] = itertools.chain.from_iterable(reader(archives) for reader in readers)
         for group, document in samples:
+            if document.source not in documents:
+                continue
             splits = documents[document.source]
             splits[split_of(group, EXPECTED[document.source].validation_share)].append(document)
             progress(document.source, sum(map(len, splits.values())))
@@ -197,7 +206,7 @@ def describe(data: SampleData) -> str:
     """`SOURCES.md`: what the data is, where each part comes from, and under which licence."""
     lines = ["# Sources", "", "Prepared sample data. Each document also carries its source and licence in its record.", ""]
     lines += ["| source | training documents | validation documents |", "| --- | ---: | ---: |"]
-    lines += [f"| {source} | {data.counts['train'][source]} | {data.counts['validation'][source]} |" for source in EXPECTED]
+    lines += [f"| {source} | {data.counts['train'][source]} | {data.counts['validation'][source]} |" for source in data.counts["train"]]
     lines += [
         "",
         "Training and validation share no module of documentation, no molecule (by skeleton), no picture, no digit, no series. Recordings "
