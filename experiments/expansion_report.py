@@ -6,12 +6,14 @@ import csv
 import io
 import json
 import platform
+import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -20,7 +22,8 @@ from interns1pro_jax.train.metrics import read_records, replace
 
 BASE, UNEXPANDED, INITIAL = "base", "unexpanded", "initial.json"
 _PACKAGES = ("jax", "flax", "optax", "numpy")
-_COPIES = {
+_BELOW = {
+    "device_load_max": "rows of the fullest of 8 devices, relative to the mean",
     "weights_cosine": "cosine of copies' weights",
     "router_overlap": "tokens that copies share (Jaccard)",
     "output_difference": "difference of copies' outputs",
@@ -29,20 +32,38 @@ _COPIES = {
 Curve = Mapping[str, Any]
 
 
-def write(workdir: Path, seeds: Sequence[int], arms: Sequence[str]) -> None:
-    """`study.json`: every evaluation of every arm and seed; `study.csv`, `study.md`: means and deviations; `study.png`: curves."""
-    runs = {arm: [curve(workdir / f"seed_{seed}" / arm) for seed in seeds] for arm in arms}
-    base = curve(workdir / BASE)
+def write(workdir: Path) -> None:
+    """`study.json`: every evaluation of every arm and seed; `study.csv`, `study.md`: means and deviations; `study.png`: curves.
+
+    Runs that are not complete yet count as far as they are: all are cut to the evaluations that all have.
+    """
+    homes = {int(path.name.removeprefix("seed_")): path for path in sorted(workdir.glob("seed_*"))}
+    names = sorted({path.parent.name for home in homes.values() for path in home.glob(f"*/{INITIAL}")} - {UNEXPANDED})
+    base = {seed: curve(home / BASE) for seed, home in homes.items()}
+    runs = {arm: {seed: curve(home / arm) for seed, home in homes.items()} for arm in (UNEXPANDED, *names)}
+    runs = {arm: {seed: run for seed, run in of.items() if len(run.get("step", ())) > 1} for arm, of in runs.items()}
+    runs = {arm: of for arm, of in runs.items() if of}
+    if not runs.get(UNEXPANDED):
+        return
+    shortest = min(len(run["step"]) for of in runs.values() for run in of.values())
+    runs = {arm: {seed: {k: v[:shortest] for k, v in run.items()} for seed, run in of.items()} for arm, of in runs.items()}
     versions = {name: metadata.version(name) for name in _PACKAGES} | {"python": platform.python_version()}
-    facts = {"date": datetime.now(UTC).date().isoformat(), "versions": versions, "seeds": list(seeds)}
+    facts = {"date": datetime.now(UTC).date().isoformat(), "device": jax.devices()[0].device_kind, "versions": versions}
+    facts |= {"last_fifth_of_base_gains": {seed: gain_of_last_fifth(run) for seed, run in base.items() if run}}
     write_json(workdir / "study.json", facts | {"base": base, "arms": runs})
     lines = table(runs)
     out = io.StringIO()
     csv.writer(out, lineterminator="\n").writerows(lines)
     replace(workdir / "study.csv", out.getvalue().encode())
     replace(workdir / "study.md", markdown(lines).encode())
-    figure = draw(base, runs)
-    figure.savefig(workdir / "study.png", dpi=110)
+    picture = io.BytesIO()
+    draw(base, runs).savefig(picture, dpi=110)
+    replace(workdir / "study.png", picture.getvalue())
+
+
+def gain_of_last_fifth(run: Curve) -> float:
+    """Nats per token that a run's last fifth of training has gained: what is left of a plateau."""
+    return float(np.interp(0.8 * run["step"][-1], run["step"], run["loss"]) - run["loss"][-1])
 
 
 def curve(home: Path) -> dict[str, list[float | None]]:
@@ -76,15 +97,19 @@ _COLUMNS = {
 }
 
 
-def table(runs: Mapping[str, Sequence[Curve]]) -> list[list[str]]:
+def table(runs: Mapping[str, Mapping[int, Curve]]) -> list[list[str]]:
     """A header, and a line for each arm: mean and standard deviation over the seeds; "" where a quantity was not measured."""
-    lines = [["arm", *_COLUMNS, "loss at the end, less unexpanded"]]
-    reference = np.array([run["loss"][-1] for run in runs[UNEXPANDED]])
-    for arm, curves in runs.items():
-        values = [[run[name][at] if name in run else None for run in curves] for name, at in _COLUMNS.values()]
-        values.append((np.array([run["loss"][-1] for run in curves]) - reference).tolist())
+    lines = [["arm", *_COLUMNS, "less unexpanded right after", "less unexpanded at the end"]]
+    for arm, of in runs.items():
+        values = [[run[name][at] if name in run else None for run in of.values()] for name, at in _COLUMNS.values()]
+        values += [differences(runs, arm, at).tolist() for at in (0, -1)]
         lines.append([arm, *map(_cell, values)])
     return lines
+
+
+def differences(runs: Mapping[str, Mapping[int, Curve]], arm: str, at: int) -> np.ndarray:
+    """Loss of an arm less that of training on without expansion, from the same base, for each seed that has both."""
+    return np.array([run["loss"][at] - runs[UNEXPANDED][seed]["loss"][at] for seed, run in runs[arm].items() if seed in runs[UNEXPANDED]])
 
 
 def _cell(of_seeds: Sequence[float | None]) -> str:
@@ -99,34 +124,42 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
     return head + "| --- |" + " ---: |" * (len(lines[0]) - 1) + "\n" + "".join(body)
 
 
-def draw(base: Curve, runs: Mapping[str, Sequence[Curve]]) -> Figure:
-    """Held-out loss before and after, and how the copies grow apart; bands are a standard deviation over the seeds."""
-    figure = Figure(figsize=(13, 8), layout="constrained")
-    axes = figure.subplots(2, 3)
+def draw(base: Mapping[int, Curve], runs: Mapping[str, Mapping[int, Curve]]) -> Figure:
+    """Held-out loss before and after, balance over devices, and how the copies grow apart; bands and bars are a standard deviation over the
+    seeds."""
+    figure = Figure(figsize=(16, 8), layout="constrained")
+    axes = figure.subplots(2, 4)
     colours = {arm: f"C{i}" for i, arm in enumerate(runs)}
-    before = axes[0, 0]
-    before.plot(base["step"], base["loss"], "black")
-    before.set(title="Before", xlabel="steps", ylabel="held-out loss (nats per token)")
-    after, bars = axes[0, 1], axes[0, 2]
-    for arm, curves in runs.items():
-        _band(after, curves, "loss", colours[arm], arm)
+    before, after, apart, bars = axes[0]
+    for number, run in enumerate(filter(None, base.values())):
+        before.plot(run["step"], run["loss"], color="black", alpha=0.6, label="seeds" if number == 0 else None)
+    gains = [gain_of_last_fifth(run) for run in base.values() if run]
+    before.set(title=f"Before: the last fifth gains {np.mean(gains):.4f} nats", xlabel="steps", ylabel="held-out loss (nats per token)")
+    for arm, of in runs.items():
+        _band(after, list(of.values()), "loss", colours[arm], arm)
+        curves = [
+            {"step": run["step"], "loss": np.subtract(run["loss"], runs[UNEXPANDED][seed]["loss"])}
+            for seed, run in of.items()
+            if seed in runs[UNEXPANDED]
+        ]
+        _band(apart, curves, "loss", colours[arm], arm)
     after.set(title="After: expanded, and trained on", xlabel="steps after expansion", ylabel="held-out loss (nats per token)")
     after.legend(fontsize=8)
-    reference = np.array([run["loss"][-1] for run in runs[UNEXPANDED]])
-    differences = {arm: np.array([run["loss"][-1] for run in curves]) - reference for arm, curves in runs.items()}
+    apart.set(title="The same, less unexpanded of the same base", xlabel="steps after expansion", ylabel="difference (nats per token)")
+    ends = {arm: differences(runs, arm, -1) for arm in runs}
     bars.barh(
-        list(differences),
-        [x.mean() for x in differences.values()],
-        xerr=[x.std(ddof=1) if len(x) > 1 else 0 for x in differences.values()],
+        list(ends),
+        [x.mean() for x in ends.values()],
+        xerr=[x.std(ddof=1) if len(x) > 1 else 0 for x in ends.values()],
         color=list(colours.values()),
     )
     bars.invert_yaxis()
     bars.axvline(0, color="black", lw=0.8)
-    bars.set(title="At the end, against training on unexpanded", xlabel="held-out loss, difference (lower is better)")
-    for axis, (name, title) in zip(axes[1], _COPIES.items(), strict=True):
-        for arm, curves in runs.items():
-            if name in curves[0]:
-                _band(axis, curves, name, colours[arm], arm)
+    bars.set(title="At the end, less unexpanded", xlabel="held-out loss, difference (lower is better)")
+    for axis, (name, title) in zip(axes[1], _BELOW.items(), strict=True):
+        for arm, of in runs.items():
+            if name in next(iter(of.values())):
+                _band(axis, list(of.values()), name, colours[arm], arm)
         axis.set(title=title, xlabel="steps after expansion")
     return figure
 
@@ -137,3 +170,7 @@ def _band(axis: Any, curves: Sequence[Curve], name: str, colour: str, label: str
     mean, spread = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else 0 * values[0]
     axis.plot(steps, mean, color=colour, label=label)
     axis.fill_between(steps, mean - spread, mean + spread, color=colour, alpha=0.2, lw=0)
+
+
+if __name__ == "__main__":  # python -m experiments.expansion_report WORKDIR: of a study that is not complete
+    write(Path(sys.argv[1]))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +43,13 @@ from interns1pro_jax.sharding import MeshConfig
 from interns1pro_jax.train.feed import Batches, place_batch
 from interns1pro_jax.train.loop import LoopConfig
 from interns1pro_jax.train.loop import train as train_loop
-from interns1pro_jax.train.metrics import JsonLines, read_records
+from interns1pro_jax.train.metrics import JsonLines
 from interns1pro_jax.train.state import TrainState, init_state
 from interns1pro_jax.train.step import make_train_step
+
+RELEASED = "released"
+_DONE, _LOCK = "done", "lock"
+_PAUSE = 1.0  # seconds until a process without work looks again
 
 
 def expansion_study(
@@ -62,30 +69,85 @@ def expansion_study(
     calibration_batches: int = 64,
     compile_only: bool = False,
 ) -> None:
-    """Trains `model`, expands it by each of `arms`, trains each result and the unexpanded model on with the same data and schedule, and
-    writes what `expansion_report.write` says to `workdir`, after each seed for those that are done.
+    """Trains `model`, expands it by each of `arms`, and trains each result and the unexpanded model on with the same data and schedule, for
+    each of `seeds`. After each of these runs `workdir` gets what `expansion_report.write` says, of those there are.
 
-    A study that is interrupted goes on where it was. The expansion is what users run, from one checkpoint in the released layout to
-    another.
+    The same command started several times with one `workdir` shares the runs among its processes: each takes one that no other has. A study
+    that is interrupted goes on where it was. The expansion is what users run, from one checkpoint in the released layout to another.
 
     Args:
       expansion: what the arms share.
       arms: name -> (method, noise).
-      seeds: of the order of the data after the expansion, of cuts and of noise; the model before it is one.
+      seeds: of a model's initial weights, its data and their order, cuts and noise.
     """
     if compile_only:
         raise ConfigError("a study has no step to compile; leave out --compile_only.")
     with jax.set_mesh(mesh.make()):
         study = _Study(workdir, model, corpus, optimizer, Console())
-        study.train_base(base_loop, base_schedule)
-        counts = study.calibrate(calibration_batches, expansion)
-        for seed in seeds:
-            home, batches = workdir / f"seed_{seed}", _From(study.batches(seed), base_loop.steps)
-            study.train_on(home / UNEXPANDED, None, counts, batches, loop, schedule)
-            for name, (method, noise) in arms.items():
-                arm = dataclasses.replace(expansion, method=method, noise=noise, seed=seed)
-                study.train_on(home / name, arm, counts, batches, loop, schedule)
-            expansion_report.write(workdir, [s for s in seeds if s <= seed], [UNEXPANDED, *arms])
+
+        def train_base(seed: int) -> None:
+            study.train_base(seed, base_loop, base_schedule)
+            study.calibrate(seed, calibration_batches, expansion)
+
+        def train_on(seed: int, name: str) -> None:
+            method, noise = arms.get(name, (None, 0.0))
+            arm = None if method is None else dataclasses.replace(expansion, method=method, noise=noise, seed=seed)
+            batches = _From(study.batches(seed), base_loop.steps)
+            study.train_on(study.home(seed, name), arm, study.calibrate(seed, calibration_batches, expansion), batches, loop, schedule)
+
+        bases = {seed: Run(study.home(seed, BASE), functools.partial(train_base, seed)) for seed in seeds}
+        after = [
+            Run(study.home(seed, name), functools.partial(train_on, seed, name), bases[seed])
+            for name in (UNEXPANDED, *arms)
+            for seed in seeds
+        ]
+        share([*bases.values(), *after], lambda: expansion_report.write(workdir))
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A part of a study: where its files are, what does it, and the run that must be done before."""
+
+    home: Path
+    do: Callable[[], None]
+    after: Run | None = None
+
+    @property
+    def is_done(self) -> bool:
+        return (self.home / _DONE).exists()
+
+    @property
+    def is_ready(self) -> bool:
+        return self.after is None or self.after.is_done
+
+
+def share(runs: Sequence[Run], report: Callable[[], None]) -> None:
+    """Does all runs that no other process does, `report` after each, and returns when all are done, whoever did them."""
+    while left := [run for run in runs if not run.is_done]:
+        for run in filter(lambda run: run.is_ready, left):
+            with _locked(run.home, wait=False) as mine:
+                if not mine or run.is_done:
+                    continue
+                run.do()
+                (run.home / _DONE).touch()
+            with _locked(run.home.parents[1], wait=True):
+                report()
+            break
+        else:
+            time.sleep(_PAUSE)
+
+
+@contextlib.contextmanager
+def _locked(directory: Path, wait: bool) -> Iterator[bool]:
+    """Whether this process has the directory for itself; the lock ends with it, however it ends."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / _LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,10 +165,12 @@ class _Study:
     def __init__(self, workdir: Path, model: ModelConfig, corpus: Corpus, optimizer: OptimizerConfig, console: Console):
         self.workdir, self.model, self.corpus, self.optimizer, self.console = workdir, model, corpus, optimizer, console
         examples = list(itertools.chain.from_iterable(corpus.held_out_examples().values()))
-        held_out = PackedExamples(examples, model, corpus.pipeline)
-        self.held_out = [batch for batch, _ in itertools.islice(held_out.in_order(), corpus.evaluation_batches)]
-        self.released = workdir / "released"
+        held_out = PackedExamples(examples, model, corpus.pipeline).in_order()
+        self.held_out = [place_batch(batch) for batch, _ in itertools.islice(held_out, corpus.evaluation_batches)]
         self.compiled: dict[Any, Callable[..., Any]] = {}
+
+    def home(self, seed: int, name: str) -> Path:
+        return self.workdir / f"seed_{seed}" / name
 
     def batches(self, seed: int) -> Batches:
         pipeline = dataclasses.replace(self.corpus.pipeline, seed=seed)
@@ -119,20 +183,21 @@ class _Study:
             self.compiled[key] = make()
         return self.compiled[key]
 
-    def train_base(self, loop: LoopConfig, schedule: optax.Schedule) -> None:
-        if (self.released / "config.json").exists():
+    def train_base(self, seed: int, loop: LoopConfig, schedule: optax.Schedule) -> None:
+        released = self.home(seed, BASE) / RELEASED
+        if (released / "config.json").exists():
             return
-        self.console.rule("the model before")
-        network = create_model(self.model)
+        self.console.rule(f"seed {seed}: the model before")
+        network = create_model(self.model, seed)
         graphdef = nnx.graphdef(network)
-        state = self._train(self.workdir / BASE, network, self.batches(self.corpus.pipeline.seed), loop, schedule, None)
-        export_model(nnx.merge(graphdef, state.params, state.buffers), self.model, self.released, identity=str(self.workdir))
+        state = self._train(self.home(seed, BASE), network, self.batches(seed), loop, schedule, None)
+        export_model(nnx.merge(graphdef, state.params, state.buffers), self.model, released, identity=str(released))
 
-    def calibrate(self, batches: int, expansion: ExpansionConfig) -> RoutingCounts:
-        path = self.workdir / COUNTS
-        identity = fingerprint(open_checkpoint(self.released), self.model)
+    def calibrate(self, seed: int, batches: int, expansion: ExpansionConfig) -> RoutingCounts:
+        released, path = self.home(seed, BASE) / RELEASED, self.home(seed, BASE) / COUNTS
+        identity = fingerprint(open_checkpoint(released), self.model)
         if not path.exists():
-            counts = measure(self.released, self.model, self.corpus, batches, expansion.depth(self.model), self.console)
+            counts = measure(released, self.model, self.corpus, batches, expansion.depth(self.model), self.console)
             counts.save(path, identity)
         return RoutingCounts.load(path, identity)
 
@@ -140,14 +205,11 @@ class _Study:
         self, home: Path, arm: ExpansionConfig | None, counts: RoutingCounts, batches: Any, loop: LoopConfig, schedule: optax.Schedule
     ) -> None:
         """One arm: the model before the first step is measured into `initial.json`, the others into `metrics.jsonl`."""
-        if (home / INITIAL).exists() and any(record["step"] == loop.steps for record in read_records(home)):
-            return
         self.console.rule(f"{home.parent.name}: {home.name}")
-        home.mkdir(parents=True, exist_ok=True)
         copies, apart = None, float("nan")
-        directory, config = self.released, self.model
+        directory, config = home.parent / BASE / RELEASED, self.model
         if arm is not None:
-            text, checkpoint = self.model.text, open_checkpoint(self.released)
+            text, checkpoint = self.model.text, open_checkpoint(directory)
             slots_LGS = assign(arm, text.num_moe_layers, text.num_experts, counts)
             apart = float(separation(counts, slots_LGS).mean())
             calibration = Calibration(counts.fingerprint, counts.tokens) if arm.method in CALIBRATED else None
@@ -199,11 +261,11 @@ class _Study:
             return *cross_entropy(out.hidden_BTD, model.text.head_DV, batch.labels), out.stats.load_E.sum(1)
 
         run = self.once(("evaluate", text), lambda: jax.jit(sums))
-        total: Any = functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), (run(weights, place_batch(b)) for b in self.held_out))
+        total: Any = functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), (run(weights, batch) for batch in self.held_out))
         loss, labels, load_LE = (np.asarray(x) for x in total)
         result = {"loss": float(loss / labels)} | use_of_experts(load_LE, text.router_n_groups, devices=8)
         if copies_LEk is not None:
             compare = self.once(("copies", text), lambda: jax.jit(lambda w, i, c: copy_statistics(nnx.merge(graphdef, w), i, c)))
-            found = compare(weights, place_batch(self.held_out[0].inputs), jnp.asarray(copies_LEk))
+            found = compare(weights, self.held_out[0].inputs, jnp.asarray(copies_LEk))
             result |= {key: float(value) for key, value in found.items()}
         return result
