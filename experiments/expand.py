@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn, track
 
-from interns1pro_jax.checkpoint.hf_export import MAX_FILE_BYTES
+from interns1pro_jax.checkpoint.destination import MAX_FILE_BYTES, is_export
 from interns1pro_jax.checkpoint.hf_import import load_model
 from interns1pro_jax.checkpoint.safetensors_io import Checkpoint, open_checkpoint
 from interns1pro_jax.checkpoint.sources import RunSource
@@ -21,11 +21,12 @@ from interns1pro_jax.expansion.assignment import CALIBRATED, ExpansionConfig, as
 from interns1pro_jax.expansion.checkpoint import expand_checkpoint, fingerprint, moe_layers
 from interns1pro_jax.expansion.manifest import Calibration, Manifest
 from interns1pro_jax.expansion.routing_counts import RoutingCounts, count_routing
+from interns1pro_jax.families import FAMILIES
 from interns1pro_jax.ops.fope import text_frequencies
 from interns1pro_jax.sharding import MeshConfig
 from interns1pro_jax.train.feed import place_batch
 
-COUNTS, SOURCE, GROWN = "calibration.npz", "source", "checkpoint"
+COUNTS, GROWN = "calibration.npz", "checkpoint"
 
 
 def expand(
@@ -45,7 +46,7 @@ def expand(
 
     Args:
       source: a directory in the released layout of this family or an ancestor, or of a run's checkpoints, which is exported to
-        `workdir/source` first.
+        `workdir/source_HASH` first, by the hash of its content.
       mesh: for the calibration; all else takes tensor after tensor through the host.
       corpus: of whose training batches the first `calibration_batches` are the calibration set. What was counted stays in
         `workdir/calibration.npz`, and is not counted again.
@@ -91,6 +92,13 @@ def expand(
             max_file_bytes=max_file_bytes,
             progress=progress,
         )
+    if grown.vision is None and (config.vision is not None or FAMILIES[config.family].untouched):
+        console.print(
+            "the source's vision tower stays behind, since Intern-S1-Pro has another: this is a text model, and a model with a tower that "
+            "begins from it (train.weights) has to train that",
+            highlight=False,
+            soft_wrap=True,
+        )
     text, half = grown.text, grown.text.head_dim // 2
     if config.text.fope is None and text.fope is not None:
         kept = len(text_frequencies(text))
@@ -112,9 +120,10 @@ def _open(source: Path, step: int | None, workdir: Path, expansion: ExpansionCon
         config = ModelConfig.from_hf(source)
         expansion.target(config)
         return open_checkpoint(source), config
-    run, exported = RunSource(source, step), workdir / SOURCE
+    run = RunSource(source, step)
+    exported = workdir / f"source_{run.content_hash[:12]}"
     expansion.target(run.config)
-    if not (exported / "config.json").exists():
+    if not is_export(exported):
         write_hf(run, run.config, exported, dtype=run.config.text.param_dtype, max_file_bytes=max_file_bytes)
     return open_checkpoint(exported), ModelConfig.from_hf(exported)
 
@@ -131,7 +140,8 @@ def _plan(
     identity, counts = fingerprint(checkpoint, config), None
     if expansion.method in CALIBRATED:
         if (workdir / COUNTS).exists():
-            counts = RoutingCounts.load(workdir / COUNTS, identity)
+            counts = RoutingCounts.load(workdir / COUNTS, identity, expansion.depth(config))
+            console.print(f"the calibration of {workdir / COUNTS} is used; remove it to count again", highlight=False)
         else:
             assert corpus is not None
             counts = measure(checkpoint.directory, config, corpus, batches, expansion.depth(config), console)

@@ -22,6 +22,7 @@ from rich.console import Console
 from experiments import expansion_report
 from experiments.expand import COUNTS, GROWN, measure
 from experiments.expansion_report import BASE, INITIAL, UNEXPANDED
+from interns1pro_jax.checkpoint.destination import is_export
 from interns1pro_jax.checkpoint.hf_export import export_model
 from interns1pro_jax.checkpoint.hf_import import load_model
 from interns1pro_jax.checkpoint.manager import CheckpointManager
@@ -185,7 +186,7 @@ class _Study:
 
     def train_base(self, seed: int, loop: LoopConfig, schedule: optax.Schedule) -> None:
         released = self.home(seed, BASE) / RELEASED
-        if (released / "config.json").exists():
+        if is_export(released):
             return
         self.console.rule(f"seed {seed}: the model before")
         network = create_model(self.model, seed)
@@ -196,10 +197,10 @@ class _Study:
     def calibrate(self, seed: int, batches: int, expansion: ExpansionConfig) -> RoutingCounts:
         released, path = self.home(seed, BASE) / RELEASED, self.home(seed, BASE) / COUNTS
         identity = fingerprint(open_checkpoint(released), self.model)
+        depth = expansion.depth(self.model)
         if not path.exists():
-            counts = measure(released, self.model, self.corpus, batches, expansion.depth(self.model), self.console)
-            counts.save(path, identity)
-        return RoutingCounts.load(path, identity)
+            measure(released, self.model, self.corpus, batches, depth, self.console).save(path, identity)
+        return RoutingCounts.load(path, identity, depth)
 
     def train_on(
         self, home: Path, arm: ExpansionConfig | None, counts: RoutingCounts, batches: Any, loop: LoopConfig, schedule: optax.Schedule
@@ -215,7 +216,7 @@ class _Study:
             calibration = Calibration(counts.fingerprint, counts.tokens) if arm.method in CALIBRATED else None
             manifest = Manifest(fingerprint(checkpoint, self.model), arm, calibration, moe_layers(self.model), slots_LGS)
             directory, config = home / GROWN, arm.target(self.model)
-            if not (directory / "config.json").exists():
+            if not is_export(directory):
                 expand_checkpoint(checkpoint, self.model, manifest, directory)
             copies = np.stack([copies_of(slots_GS, arm.growth) for slots_GS in slots_LGS])
         network = load_model(directory, config)

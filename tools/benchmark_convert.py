@@ -20,9 +20,10 @@ from pathlib import Path
 
 import numpy as np
 
-from interns1pro_jax.checkpoint.hf_export import MAX_FILE_BYTES, tensor_specs, units_of
+from interns1pro_jax.checkpoint.destination import MAX_FILE_BYTES
 from interns1pro_jax.checkpoint.hf_names import hf_parameters
 from interns1pro_jax.checkpoint.safetensors_writer import split_into_files, write_index, write_json
+from interns1pro_jax.checkpoint.stored_tensors import tensor_specs, units_of
 from interns1pro_jax.config import ModelConfig, TextConfig
 
 QWEN3_30B = ModelConfig(

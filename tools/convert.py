@@ -7,8 +7,13 @@
 
 Every family of `interns1pro_jax/families.py` goes both ways. What is only read and written stays the same to the byte, FP8 scales
 included. No model is made: one host with a few times the largest tensor of memory converts any. A conversion that was interrupted goes on
-with the next file when it is started again. Into the released layout several processes may work together, on one or several hosts, with
-the same command and --distributed; each makes files of its own. Exits with 1 where the checkpoint, the disk or the configuration is at
+with the next file when it is started again. Into the released layout several processes may work together, on one or several hosts that
+all see the directories; each reads what goes into its own files:
+
+    python -m tools.convert runs/sft/checkpoints out --distributed                    # started by SLURM, MPI or on the hosts of a TPU slice
+    python -m tools.convert runs/sft/checkpoints out --distributed 10.0.0.1:9000 2 0  # anywhere else: address of the first of 2, this is 0
+
+Exits with 1 where the checkpoint, the disk or the configuration is at
 fault. `python -m tools.inspect_checkpoint out --verify` checks what was written by its checksums.
 """
 
@@ -26,10 +31,11 @@ import absl.logging
 import jax
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from interns1pro_jax.checkpoint.destination import MAX_FILE_BYTES
 from interns1pro_jax.checkpoint.errors import CheckpointError
-from interns1pro_jax.checkpoint.hf_export import MAX_FILE_BYTES, released_scheme
 from interns1pro_jax.checkpoint.safetensors_io import open_checkpoint
 from interns1pro_jax.checkpoint.sources import HfSource, RunSource
+from interns1pro_jax.checkpoint.stored_tensors import released_scheme
 from interns1pro_jax.checkpoint.stream import write_hf, write_run
 from interns1pro_jax.config import ConfigError, ModelConfig
 
@@ -39,10 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     jax.config.update("jax_platforms", "cpu")  # what else there is would only be kept from others
     absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax's, of arrays that it does not write itself
-    if arguments.distributed:
-        jax.distributed.initialize()
     started = time.monotonic()
     try:
+        _join(arguments.distributed)
         written = _convert(arguments)
     except (CheckpointError, ConfigError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -54,6 +59,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"included); this process held {peak:.2f} GiB at its peak"
     )
     return 0
+
+
+def _join(distributed: Sequence[str] | None) -> None:
+    """Joins the other processes, if there are any."""
+    if distributed is None:
+        return
+    if len(distributed) not in (0, 3) or not all(text.isdecimal() for text in distributed[1:]):
+        raise ConfigError(f"--distributed {' '.join(distributed)} must be nothing or HOST:PORT COUNT NUMBER.")
+    try:
+        if distributed:
+            address, count, number = distributed
+            jax.distributed.initialize(address, int(count), int(number))
+        else:
+            jax.distributed.initialize()
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(f"--distributed {' '.join(distributed)}: the processes do not find each other ({error}).") from error
 
 
 def _convert(arguments: argparse.Namespace) -> int:
@@ -116,7 +137,7 @@ def _check_effects(arguments: argparse.Namespace, is_released: bool, to: str) ->
         ("carry", "checkpoints of runs hold weights only" if to == "orbax" else ""),
         ("distributed", "one process writes a checkpoint of a run" if to == "orbax" else ""),
     ):
-        if reason and getattr(arguments, option) not in (None, "keep", False):
+        if reason and getattr(arguments, option) not in (None, "keep"):
             raise ConfigError(f"--{option} {getattr(arguments, option)} has no effect, because {reason}; drop it.")
 
 
@@ -131,7 +152,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--like", type=Path, help="keep this checkpoint's dtypes and, where exact, its FP8 scales; default the source")
     parser.add_argument("--carry", type=Path, help="take tokenizer, template and processor files from here; default the source")
     parser.add_argument("--max_file_gb", type=float, default=MAX_FILE_BYTES / 1e9, help="size of a file of weights")
-    parser.add_argument("--distributed", action="store_true", help="one of several processes")
+    parser.add_argument(
+        "--distributed", nargs="*", metavar="HOST:PORT COUNT NUMBER", help="one of several processes; the three where no cluster tells them"
+    )
     return parser
 
 

@@ -8,11 +8,7 @@ complete, and an export that was interrupted goes on with the next file when it 
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
-import re
-import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,34 +21,18 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from interns1pro_jax.checkpoint.destination import MAX_FILE_BYTES, finish_export, start_export
 from interns1pro_jax.checkpoint.errors import CheckpointError
-from interns1pro_jax.checkpoint.hf_import import SCALE_SUFFIX, parameters_of, surplus_problems
-from interns1pro_jax.checkpoint.hf_names import POSITION_ROWS, POSITION_TABLE, HfParameter, hf_parameters
-from interns1pro_jax.checkpoint.manager import check_writable
-from interns1pro_jax.checkpoint.safetensors_io import DTYPES, INDEX, Checkpoint
-from interns1pro_jax.checkpoint.safetensors_writer import (
-    PARTIAL,
-    OutputFile,
-    TensorSpec,
-    check_space,
-    split_into_files,
-    write_index,
-    write_json,
-)
-from interns1pro_jax.config import Fp8Config, ModelConfig
-from interns1pro_jax.config_checks import load_json
-from interns1pro_jax.families import FAMILIES
-from interns1pro_jax.models.time_series import sinusoid_table
+from interns1pro_jax.checkpoint.hf_import import SCALE_SUFFIX, parameters_of
+from interns1pro_jax.checkpoint.hf_names import hf_parameters
+from interns1pro_jax.checkpoint.safetensors_io import Checkpoint
+from interns1pro_jax.checkpoint.safetensors_writer import OutputFile, split_into_files
+from interns1pro_jax.checkpoint.stored_tensors import Unit, check_belongs, constants, tensor_specs, units_of
+from interns1pro_jax.config import ModelConfig
 from interns1pro_jax.ops.quantization import quantize_blocks
 from interns1pro_jax.processes import barrier, first_alone
 
-MAX_FILE_BYTES = 5 * 10**9
-_UNFINISHED = "export.json" + PARTIAL  # what an export is of, as long as it goes on
 _WRITERS = 4
-# Matrices that the released scheme quantises, where `modules_to_not_convert` does not name them (spec section 7).
-_QUANTIZED = r"\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(experts\.\d+\.)?(gate|up|down)_proj)\.weight$"
-# Files of a released directory that are no weights: tokenizer, chat template, processors, generation defaults.
-CARRIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "README*")
 
 Progress = Callable[[int, int], None]
 """Called with the bytes that this process has written, and those that all processes have to write."""
@@ -105,166 +85,10 @@ def export_model(
     barrier("export is done")
 
 
-def _config_json(config: ModelConfig, like: Checkpoint | None) -> dict[str, Any]:
-    """The content of `config.json`; of what is no model here, `like` has the keys."""
-    content = config.to_hf()
-    if (kept := FAMILIES[config.family].kept) and like is not None:
-        original = load_json(like.directory / "config.json")
-        for key in kept:
-            part, _, name = key.rpartition(".")
-            source, target = (original.get(part, {}), content[part]) if part else (original, content)
-            if name in source:
-                target[name] = source[name]
-    return content
-
-
-@dataclasses.dataclass(frozen=True)
-class Unit:
-    """What is written together: a parameter, or one layer of it."""
-
-    parameter: HfParameter
-    layer: int | None
-
-    @property
-    def names(self) -> list[str]:
-        return [name for _, _, name in self.parameter.tensors(self.stacked)]
-
-    @property
-    def stacked(self) -> list[slice]:
-        sizes = [slice(0, len(values)) for _, values in self.parameter.stack]
-        if self.layer is not None:
-            sizes[0] = slice(self.layer, self.layer + 1)
-        return sizes
-
-    @property
-    def has_experts(self) -> bool:
-        return any(letter == "E" for letter, _ in self.parameter.stack)
-
-
-def units_of(parameters: Sequence[HfParameter]) -> Iterator[Unit]:
-    """All parameters in the order in which they are stored: what has no layers first, then layer by layer."""
-    runs: dict[Any, list[HfParameter]] = {}
-    for parameter in parameters:
-        if parameter.stack and parameter.stack[0][0] == "L":
-            runs.setdefault((parameter.path.split(".")[0], parameter.stack[0][1]), []).append(parameter)
-        else:
-            yield Unit(parameter, None)
-    for (_, layers), members in runs.items():
-        for layer in range(len(layers)):
-            yield from (Unit(parameter, layer) for parameter in members)
-
-
-def tensor_specs(units: Sequence[Unit], config: ModelConfig, dtype: np.dtype, like: Checkpoint | None) -> dict[str, TensorSpec]:
-    specs: dict[str, TensorSpec] = {}
-    for unit in units:
-        shape = unit.parameter.layout.stored_shape
-        for name in unit.names:
-            if is_quantized(name, config.quantization):
-                assert config.quantization is not None
-                specs[name] = TensorSpec(np.dtype(jnp.float8_e4m3fn), shape)
-                blocks = tuple(-(-size // step) for size, step in zip(shape, config.quantization.weight_block_size, strict=True))
-                specs[name + SCALE_SUFFIX] = TensorSpec(_dtype_in(like, name + SCALE_SUFFIX, np.dtype(np.float32)), blocks)
-            else:
-                specs[name] = TensorSpec(_dtype_in(like, name, dtype), shape)
-    return specs | {name: TensorSpec(values.dtype, values.shape) for name, values in constants(config, specs, like)}
-
-
-def _dtype_in(like: Checkpoint | None, name: str, default: np.dtype) -> np.dtype:
-    if like is None or name not in like or like[name].dtype.startswith("F8_E4M3"):
-        return default
-    return DTYPES[like[name].dtype]
-
-
-def constants(config: ModelConfig, parameters: Mapping[str, Any], like: Checkpoint | None) -> Iterator[tuple[str, np.ndarray]]:
-    """Tensors of the released layout that are no parameters here, because the architecture fixes their values."""
-    if like is not None:
-        known = {*parameters, *(name + SCALE_SUFFIX for name in parameters)}
-        if config.text.tie_word_embeddings:
-            known.add(FAMILIES[config.family].head + "weight")  # where it is stored, it repeats the embedding
-        yield from ((name, like.read(name)) for name in like if name not in known)
-    elif config.time_series is not None:
-        yield POSITION_TABLE, sinusoid_table(POSITION_ROWS, config.time_series.PATCH_WIDTH)[:, None]
-
-
-def check_belongs(like: Checkpoint | None, config: ModelConfig, units: Sequence[Unit]) -> None:
-    """What `like` has besides parameters is written as it is, so it must be what the model knows anyway; and where models of the family
-    have more than ours, it must be given."""
-    if like is None:
-        if untouched := FAMILIES[config.family].untouched:
-            raise CheckpointError(
-                f"models of the family {config.family} have tensors {untouched}* that are no model here; give a checkpoint to take them "
-                "from (`like`), or export the text as another family."
-            )
-        return
-    names = {name for unit in units for name in unit.names}
-    surplus = [name for name in like if name not in names and name.removesuffix(SCALE_SUFFIX) not in names]
-    if problems := [problem for name in surplus for problem in surplus_problems(like, config, name)]:
-        raise CheckpointError(
-            f"{like.directory} is of another model ({'; '.join(problems[:4])}; {len(problems)} in all); follow a checkpoint of the same."
-        )
-
-
-def is_quantized(name: str, quantization: Fp8Config | None) -> bool:
-    """Whether the released scheme stores this tensor as FP8: a projection of attention or of a feed-forward network that is not listed."""
-    if quantization is None or not re.search(_QUANTIZED, name):
-        return False
-    module = name.removesuffix(".weight")
-    return not any(module == entry or module.startswith(entry + ".") for entry in quantization.modules_to_not_convert)
-
-
-def released_scheme(config: ModelConfig) -> Fp8Config:
-    """The released FP8 scheme for this model: attention projections and experts, nothing else (spec section 7)."""
-    names = [name for unit in units_of(hf_parameters(dataclasses.replace(config, time_series=None))) for name in unit.names]
-    modules = {name.rpartition(".")[0] for name in names if not re.search(_QUANTIZED, name) or name.startswith("model.visual.")}
-    return Fp8Config(modules_to_not_convert=tuple(sorted(modules)))
-
-
 def _check_finite(state: Mapping[str, jax.Array]) -> None:
     finite = jax.jit(lambda arrays: jax.tree.map(lambda x: jnp.isfinite(x).all(), arrays))(dict(state))
     if bad := [path for path, is_finite in finite.items() if not bool(is_finite)]:
         raise CheckpointError(f"weights are NaN or infinite in {', '.join(bad[:8])} ({len(bad)} parameters); export an earlier checkpoint.")
-
-
-def start_export(directory: Path, files: Sequence[OutputFile], identity: str) -> None:
-    """Checks the directory (see `check_destination`), and makes room for what is not there yet."""
-    check_destination(directory, files, identity)
-    for path in directory.glob(f"*.safetensors{PARTIAL}"):
-        path.unlink()
-    write_json(directory / _UNFINISHED, _plan(files, identity))
-    for file in files:
-        if not file.is_complete():
-            file.create()
-
-
-def _plan(files: Sequence[OutputFile], identity: str) -> dict[str, Any]:
-    return {"of": identity, "files": {file.path.name: file.size for file in files}}
-
-
-def check_destination(directory: Path, files: Sequence[OutputFile], identity: str) -> None:
-    """Checks that the directory is empty or holds the beginning of this export, and that there is room for the rest.
-
-    Raises:
-      CheckpointError: it holds something else, or there is too little space. Nothing has been written then.
-    """
-    check_writable(directory)
-    marker = directory / _UNFINISHED
-    if marker.exists():
-        if json.loads(marker.read_text()) != _plan(files, identity):
-            raise CheckpointError(f"{directory} holds an unfinished export of something else; finish that, or empty the directory.")
-    elif there := [path.name for pattern in ("*.safetensors", "config.json", INDEX) for path in directory.glob(pattern)]:
-        raise CheckpointError(f"{directory} holds {', '.join(sorted(there)[:4])} already; choose an empty directory.")
-    check_space(directory, files)
-
-
-def finish_export(
-    directory: Path, files: Sequence[OutputFile], config: ModelConfig, carry: Path | None, like: Checkpoint | None = None
-) -> None:
-    """Writes what stands beside the files of weights, once these are complete, the index last."""
-    if carry is not None:
-        _carry_along(carry, directory)
-    write_json(directory / "config.json", _config_json(config, like))
-    write_index(directory, files)
-    (directory / _UNFINISHED).unlink()
 
 
 class _Job:
@@ -286,7 +110,7 @@ class _Job:
         self.functions: dict[str, Callable[..., Any]] = {}
 
     def run(self, units: Sequence[Unit]) -> None:
-        fixed = dict(constants(self.config, {name: None for unit in units for name in unit.names}, self.like))
+        fixed = list(constants(self.config, {name for unit in units for name in unit.names}, self.like))
         ends = {file.path: i for i, unit in enumerate(units) for file in self._files(unit)}
         with ThreadPoolExecutor(_WRITERS) as pool:
             pending: list[Future] = []
@@ -297,7 +121,7 @@ class _Job:
                         if len(pending) > 2 * _WRITERS:
                             pending.pop(0).result()
                 if i + 1 == len(units) and jax.process_index() == 0:
-                    pending += [pool.submit(self._write, name, values) for name, values in fixed.items()]
+                    pending += [pool.submit(lambda c: self._write(c.name, c.read()), constant) for constant in fixed]
                 complete = [file for file in self.files if file.path not in self.done and ends.get(file.path, len(units) - 1) <= i]
                 if complete:
                     while pending:
@@ -411,14 +235,6 @@ def _whole_experts(unit: Unit) -> PartitionSpec:
         if len(count) % math.prod(mesh.shape[a] for a in (*axes, axis)) == 0:
             axes.append(axis)
     return PartitionSpec(tuple(axes))
-
-
-def _carry_along(source: Path, directory: Path) -> None:
-    """Copies what belongs to a released model besides its weights: tokenizer, chat template, processors, generation config."""
-    for pattern in CARRIED:
-        for path in source.glob(pattern):
-            if path.is_file() and path.name not in ("config.json", INDEX):
-                shutil.copyfile(path, directory / path.name)
 
 
 def _dotted(path: Sequence[Any]) -> str:

@@ -8,6 +8,7 @@ the files among the processes. CRC-32 finds any damage that happens by accident;
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import zlib
 from collections.abc import Callable, Iterable
@@ -157,6 +158,11 @@ def require_whole(checkpoint: Path, items: Iterable[str], steps: Iterable[int]) 
         raise CheckpointError(
             f"{checkpoint} is damaged ({'; '.join(problems[:4])}); give another step (here: {sorted(steps)}), or fetch it again."
         )
+
+
+def content_hash(checkpoint: Path, items: Iterable[str]) -> str:
+    """Of a checkpoint's files, by the checksums that were written with them."""
+    return hashlib.sha256(b"\n".join((checkpoint / item / f"{_SUMS}.json").read_bytes() for item in items)).hexdigest()
 
 
 def write_sums(item: Path) -> None:

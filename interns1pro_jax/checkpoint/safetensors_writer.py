@@ -12,7 +12,9 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -118,6 +120,43 @@ class OutputFile:
         with self.partial.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(self.partial, self.path)
+
+
+class TensorWriter:
+    """Takes the tensors of several files as they come, from any thread, and gives each file its name when it has all of its own.
+
+    Args:
+      files: those that are to be made here; complete ones are left alone.
+      progress: called with the bytes written and the bytes to write, after every tensor.
+    """
+
+    def __init__(self, files: Sequence[OutputFile], progress: Callable[[int, int], None]):
+        left = [file for file in files if not file.is_complete()]
+        self._file_of = {name: file for file in left for name in file.tensors}
+        self._left = Counter({file.path: len(file.tensors) for file in left})
+        self._total = sum(spec.nbytes for file in left for spec in file.tensors.values())
+        self._done, self._lock, self._progress = 0, threading.Lock(), progress
+
+    def __contains__(self, name: str) -> bool:
+        """Whether the tensor is to be written."""
+        return name in self._file_of
+
+    def write(self, name: str, values: np.ndarray) -> None:
+        """Writes a tensor, unless it is not to be written.
+
+        Raises:
+          CheckpointError: the values are not what the header says, or the disk is full.
+        """
+        if (file := self._file_of.get(name)) is None:
+            return
+        file.write(name, values)
+        with self._lock:
+            self._left[file.path] -= 1
+            self._done += values.nbytes
+            is_last = self._left[file.path] == 0
+            self._progress(self._done, self._total)
+        if is_last:
+            file.finish()
 
 
 def split_into_files(directory: Path, tensors: Mapping[str, TensorSpec], max_bytes: int) -> list[OutputFile]:

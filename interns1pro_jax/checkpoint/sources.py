@@ -21,7 +21,7 @@ import tensorstore as ts
 from interns1pro_jax.checkpoint.errors import CheckpointError
 from interns1pro_jax.checkpoint.hf_import import ParameterReader, check_fit, parameters_of
 from interns1pro_jax.checkpoint.hf_names import HfParameter, hf_parameters
-from interns1pro_jax.checkpoint.integrity import require_whole
+from interns1pro_jax.checkpoint.integrity import content_hash, require_whole
 from interns1pro_jax.checkpoint.manager import MANIFEST, STATE, failure_reason
 from interns1pro_jax.checkpoint.safetensors_io import Checkpoint
 from interns1pro_jax.config import ModelConfig
@@ -94,6 +94,7 @@ class RunSource:
             raise CheckpointError(f"{directory} has no checkpoint{f' of step {step}' if step >= 0 else ''}; it has {steps or 'none'}.")
         self.directory, self.step, self.identity = directory / f"{step:08d}", step, f"{directory} {step}"
         require_whole(self.directory, (STATE, MANIFEST), steps)
+        self.content_hash = content_hash(self.directory, (STATE, MANIFEST))
         try:
             manifest = json.loads((self.directory / MANIFEST / "metadata").read_text())
             config = from_dict(ModelConfig, manifest["identity"]["model"])

@@ -16,7 +16,6 @@ import math
 import os
 import shutil
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,24 +29,15 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from interns1pro_jax.checkpoint import checksums, integrity
+from interns1pro_jax.checkpoint.destination import MAX_FILE_BYTES, check_destination, finish_export, start_export
 from interns1pro_jax.checkpoint.errors import CheckpointError
-from interns1pro_jax.checkpoint.hf_export import (
-    MAX_FILE_BYTES,
-    Unit,
-    check_belongs,
-    check_destination,
-    constants,
-    finish_export,
-    start_export,
-    tensor_specs,
-    units_of,
-)
 from interns1pro_jax.checkpoint.hf_import import SCALE_SUFFIX, parameters_of, pieces
 from interns1pro_jax.checkpoint.hf_names import HfParameter, hf_parameters
 from interns1pro_jax.checkpoint.manager import MANIFEST, STATE, check_writable
 from interns1pro_jax.checkpoint.safetensors_io import Checkpoint
-from interns1pro_jax.checkpoint.safetensors_writer import PARTIAL, split_into_files, write_json
+from interns1pro_jax.checkpoint.safetensors_writer import PARTIAL, OutputFile, TensorWriter, split_into_files, write_json
 from interns1pro_jax.checkpoint.sources import Source, run_name, steps_in
+from interns1pro_jax.checkpoint.stored_tensors import Unit, check_belongs, constants, tensor_specs, units_of
 from interns1pro_jax.config import ModelConfig
 from interns1pro_jax.ops.quantization import quantize_blocks
 from interns1pro_jax.processes import barrier, first_alone
@@ -95,30 +85,17 @@ def write_hf(
     check_belongs(like, config, units)
     tensors = tensor_specs(units, config, np.dtype(dtype or config.text.dtype), like)
     files = split_into_files(directory, tensors, max_file_bytes)
-    mine = [file for file in files[jax.process_index() :: jax.process_count()] if not file.is_complete()]
-    file_of = {name: file for file in mine for name in file.tensors}
-    items = [item for unit in units for item in _items(source, unit) if any(name in file_of for _, _, name in item.tensors())]
+    mine = _share(files, jax.process_index(), jax.process_count())
     identity = f"{source.identity} {config.text.dtype} {dtype}"
     first_alone(lambda: check_destination(directory, files, identity))
+    writer = TensorWriter(mine, functools.partial(progress, "writing"))
+
+    def is_wanted(name: str) -> bool:
+        return name in writer or name + SCALE_SUFFIX in writer  # the scales may be in the next file
+
+    items = [item for unit in units for item in _items(source, unit) if any(is_wanted(name) for _, _, name in item.tensors())]
     _check_finite(source, items, progress)
     first_alone(lambda: start_export(directory, files, identity))
-    fixed = dict(constants(config, {name: None for unit in units for name in unit.names}, like))
-    left = Counter({file.path: len(file.tensors) for file in mine})
-    total, done, lock = sum(spec.nbytes for file in mine for spec in file.tensors.values()), 0, threading.Lock()
-
-    def write(name: str, values: np.ndarray) -> None:
-        nonlocal done
-        if (file := file_of.get(name)) is None:
-            return
-        file.write(name, values)
-        with lock:
-            left[file.path] -= 1
-            done += values.nbytes
-            complete = left[file.path] == 0
-            progress("writing", done, total)
-        if complete:
-            file.finish()
-
     one_large = threading.Lock()
 
     def convert(item: _Item) -> None:
@@ -131,25 +108,26 @@ def write_hf(
         inverse, width = layout.inverse(), layout.shape[-1]
         values = source.read(item.unit.parameter, item.box)
         for position, number, name in item.tensors():
-            if name not in file_of and name + SCALE_SUFFIX not in file_of:
+            if not is_wanted(name):
                 continue
             stored = inverse.apply(values[position][..., number * width : (number + 1) * width])
             if (scale := tensors.get(name + SCALE_SUFFIX)) is None:
-                write(name, stored.astype(tensors[name].dtype))
+                writer.write(name, stored.astype(tensors[name].dtype))
                 continue
             assert config.quantization is not None
             kept = None
             if like is not None and name + SCALE_SUFFIX in like and like[name + SCALE_SUFFIX].shape == scale.shape:
                 kept = like.read(name + SCALE_SUFFIX).astype(np.float32)
             quantized, scales = _quantize(config.quantization.weight_block_size)(stored.astype(ml_dtypes.bfloat16), kept)
-            write(name, np.asarray(quantized))
-            write(name + SCALE_SUFFIX, np.asarray(scales).astype(scale.dtype))
+            writer.write(name, np.asarray(quantized))
+            writer.write(name + SCALE_SUFFIX, np.asarray(scales).astype(scale.dtype))
 
     with ThreadPoolExecutor(_WORKERS) as pool:
         for _ in pool.map(convert, items):
             pass
-    for name, values in fixed.items():
-        write(name, values)
+    for constant in constants(config, {name for unit in units for name in unit.names}, like):
+        if constant.name in writer:
+            writer.write(constant.name, constant.read())
     barrier("files are complete")
     if jax.process_index() == 0:
         checksums.write(directory, [file.path for file in files], functools.partial(progress, "checksums"))
@@ -311,6 +289,14 @@ def _begin_run(where: Path, arrays: dict[str, _Array], config: ModelConfig, orig
         handler.save(ocp.path.step.epath.Path(where / item), args=args)  # type: ignore[attr-defined]
         handler.finalize(ocp.path.step.epath.Path(where / item))  # type: ignore[attr-defined]
         handler.close()
+
+
+def _share(files: Sequence[OutputFile], process: int, processes: int) -> list[OutputFile]:
+    """The files that a process makes: each, the largest first, goes to the process that has least."""
+    shares: list[list[OutputFile]] = [[] for _ in range(processes)]
+    for file in sorted(files, key=lambda file: file.size, reverse=True):
+        min(shares, key=lambda share: sum(other.size for other in share)).append(file)
+    return shares[process]
 
 
 def _items(source: Source, unit: Unit) -> Iterator[_Item]:

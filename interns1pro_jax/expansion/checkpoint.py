@@ -10,10 +10,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import threading
 import zlib
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -23,12 +21,13 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from interns1pro_jax.checkpoint import checksums
+from interns1pro_jax.checkpoint.destination import MAX_FILE_BYTES, check_destination, finish_export, start_export
 from interns1pro_jax.checkpoint.errors import CheckpointError
-from interns1pro_jax.checkpoint.hf_export import MAX_FILE_BYTES, check_destination, finish_export, released_scheme, start_export
 from interns1pro_jax.checkpoint.hf_import import SCALE_SUFFIX, check_fit, parameters_of
 from interns1pro_jax.checkpoint.hf_names import POSITION_TABLE, HfParameter, hf_parameters
 from interns1pro_jax.checkpoint.safetensors_io import DTYPES, Checkpoint
-from interns1pro_jax.checkpoint.safetensors_writer import OutputFile, TensorSpec, split_into_files
+from interns1pro_jax.checkpoint.safetensors_writer import TensorSpec, TensorWriter, split_into_files
+from interns1pro_jax.checkpoint.stored_tensors import released_scheme
 from interns1pro_jax.checkpoint.stream import Progress
 from interns1pro_jax.config import ModelConfig
 from interns1pro_jax.expansion.manifest import FILE, Manifest
@@ -114,10 +113,10 @@ def expand_checkpoint(
     check_destination(directory, files, manifest.fingerprint)
     _check_finite(checkpoint, progress)
     start_export(directory, files, manifest.fingerprint)
-    _write(checkpoint, copies, manifest, files, progress)
+    _write(checkpoint, copies, manifest, tensors, TensorWriter(files, functools.partial(progress, "writing")))
     manifest.save(directory / FILE)
     checksums.write(directory, [file.path for file in files], functools.partial(progress, "checksums"))
-    finish_export(directory, files, grown, checkpoint.directory)
+    finish_export(directory, files, grown, checkpoint.directory, own=(FILE,))
     return grown
 
 
@@ -211,28 +210,14 @@ def _check_finite(checkpoint: Checkpoint, progress: Progress) -> None:
         )
 
 
-def _write(checkpoint: Checkpoint, copies: Sequence[_Copy], manifest: Manifest, files: Sequence[OutputFile], progress: Progress) -> None:
-    complete = {file.path for file in files if file.is_complete()}
-    file_of = {name: file for file in files for name in file.tensors if file.path not in complete}
-    left = Counter({file.path: len(file.tensors) for file in files if file.path not in complete})
-    total, done, lock = sum(file.tensors[name].nbytes for name, file in file_of.items()), 0, threading.Lock()
-
+def _write(
+    checkpoint: Checkpoint, copies: Sequence[_Copy], manifest: Manifest, specs: Mapping[str, TensorSpec], writer: TensorWriter
+) -> None:
     def place(copy: _Copy) -> None:
-        nonlocal done
-        targets = [name for name in copy.targets if name in file_of]
-        if not targets:
-            return
-        values = _values(checkpoint, copy, manifest, file_of[targets[0]].tensors[targets[0]])
-        for name in targets:
-            file = file_of[name]
-            file.write(name, values)
-            with lock:
-                left[file.path] -= 1
-                done += values.nbytes
-                last = left[file.path] == 0
-                progress("writing", done, total)
-            if last:
-                file.finish()
+        if targets := [name for name in copy.targets if name in writer]:
+            values = _values(checkpoint, copy, manifest, specs[targets[0]])
+            for name in targets:
+                writer.write(name, values)
 
     with ThreadPoolExecutor(_WORKERS) as pool:
         for _ in pool.map(place, copies):

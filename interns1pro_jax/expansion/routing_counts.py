@@ -57,11 +57,11 @@ class RoutingCounts:
         partial.replace(path)
 
     @classmethod
-    def load(cls, path: Path, source: str) -> RoutingCounts:
+    def load(cls, path: Path, source: str, depth: int) -> RoutingCounts:
         """Reads what `save` wrote.
 
         Raises:
-          CheckpointError: the file is absent, damaged, or of the routers of another checkpoint.
+          CheckpointError: the file is absent, damaged, of the routers of another checkpoint, or of pairs among another number of experts.
         """
         try:
             with np.load(path, allow_pickle=False) as content:
@@ -72,6 +72,11 @@ class RoutingCounts:
         if measured != source:
             raise CheckpointError(
                 f"{path} was measured with another checkpoint ({measured[:12]}, not {source[:12]}); remove it to measure again."
+            )
+        if counts.depth != depth:
+            raise CheckpointError(
+                f"{path} has the pairs among the best {counts.depth} experts of a token, but this growth and these groups need those among "
+                f"{depth}; remove it to measure again."
             )
         return counts
 

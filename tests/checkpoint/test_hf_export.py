@@ -1,5 +1,6 @@
 """Saving in the released layout: there and back equal to the byte, FP8 by the released scheme, complete or absent."""
 
+import dataclasses
 import json
 import shutil
 
@@ -9,12 +10,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from interns1pro_jax.checkpoint import hf_export, safetensors_writer
+from interns1pro_jax.checkpoint import safetensors_writer
 from interns1pro_jax.checkpoint.errors import CheckpointError
-from interns1pro_jax.checkpoint.hf_export import export_model, is_quantized, released_scheme
+from interns1pro_jax.checkpoint.hf_export import export_model
 from interns1pro_jax.checkpoint.hf_import import load_model
+from interns1pro_jax.checkpoint.hf_names import POSITION_TABLE
 from interns1pro_jax.checkpoint.manager import CheckpointManager
 from interns1pro_jax.checkpoint.safetensors_io import open_checkpoint
+from interns1pro_jax.checkpoint.stored_tensors import is_quantized, released_scheme
 from interns1pro_jax.checkpoint.weights import read_weights, write_weights
 from interns1pro_jax.config import ModelConfig
 from interns1pro_jax.ops.quantization import dequantize_blocks, quantize_blocks
@@ -49,9 +52,9 @@ def test_without_a_model_to_follow_everything_has_one_dtype_and_the_table_of_pos
     model = load_model(reference / "tiny")
     export_model(model, model.config, tmp_path, dtype="bfloat16")
     stored = open_checkpoint(tmp_path)
-    assert {info.dtype for name, info in stored.items() if name != hf_export.POSITION_TABLE} == {"BF16"}
-    released = open_checkpoint(reference / "tiny").read(hf_export.POSITION_TABLE)
-    table = stored.read(hf_export.POSITION_TABLE)
+    assert {info.dtype for name, info in stored.items() if name != POSITION_TABLE} == {"BF16"}
+    released = open_checkpoint(reference / "tiny").read(POSITION_TABLE)
+    table = stored.read(POSITION_TABLE)
     assert table.shape == (20000, 1, 128)
     np.testing.assert_allclose(table[: len(released)], released, atol=2e-5)
     again = load_model(tmp_path)
@@ -151,7 +154,7 @@ def test_weights_of_a_run_on_another_mesh(reference, tmp_path):
     with jax.set_mesh(make_mesh(fsdp=4, expert=2)):
         model = load_model(reference / "variant_plain_rope_2per_group")
         params, buffers = nnx.state(model, nnx.Param, ...)
-        identity = {"model": json.loads(json.dumps(hf_export.dataclasses.asdict(model.config))), "seed": 1}
+        identity = {"model": json.loads(json.dumps(dataclasses.asdict(model.config))), "seed": 1}
         with CheckpointManager(tmp_path / "run", identity) as manager:
             for step in (1, 2):
                 manager.save(step, {"params": params, "buffers": buffers, "opt_state": {"mu": params}, "step": jnp.int32(step)})

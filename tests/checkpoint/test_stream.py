@@ -11,9 +11,10 @@ from flax import nnx
 
 from interns1pro_jax.checkpoint import checksums, manager, stream
 from interns1pro_jax.checkpoint.errors import CheckpointError
+from interns1pro_jax.checkpoint.hf_export import export_model
 from interns1pro_jax.checkpoint.hf_import import load_model
 from interns1pro_jax.checkpoint.manager import CheckpointManager
-from interns1pro_jax.checkpoint.safetensors_io import open_checkpoint
+from interns1pro_jax.checkpoint.safetensors_io import SafetensorsFile, open_checkpoint
 from interns1pro_jax.checkpoint.sources import HfSource, RunSource
 from interns1pro_jax.checkpoint.stream import write_hf, write_run
 from interns1pro_jax.checkpoint.weights import read_weights, write_weights
@@ -112,6 +113,91 @@ def test_fp8_is_the_released_scheme(reference, tmp_path, mesh):
     stored = open_checkpoint(tmp_path)
     scales = [stored.read(name) for name in stored if name.endswith("_scale_inv")]
     assert scales and all((np.frexp(scale)[0] == 0.5).all() for scale in scales)
+
+
+@pytest.fixture
+def fp8_layouts(reference, tmp_path, write_safetensors):
+    """The same FP8 model with an expert in a tensor of its own, and with all of a layer in one, [in, out] and [out, in].
+
+    Blocks of 64 instead of 128, which do not divide the columns of gate | up and would mix the two."""
+    stored = open_checkpoint(reference / "tiny_fp8")
+    tensors = {name: stored.read(name) for name in stored}
+    for name in [name for name in tensors if name.endswith("_scale_inv")]:
+        rows, columns = (-(-size // 64) for size in tensors[name.removesuffix("_scale_inv")].shape)
+        tensors[name] = tensors[name].repeat(2, 0).repeat(2, 1)[:rows, :columns]
+    config = json.loads((reference / "tiny_fp8" / "config.json").read_text())
+    config["quantization_config"]["weight_block_size"] = [64, 64]
+    layouts = {"separate": tensors}
+    for layout, axis in (("fused", -1), ("fused_transposed", -2)):
+        fused = {name: values for name, values in tensors.items() if ".experts." not in name}
+        for layer in range(config["text_config"]["num_hidden_layers"]):
+            where = f"model.language_model.layers.{layer}.mlp.experts."
+            for suffix in ("", "_scale_inv"):
+                gate, up, down = (
+                    np.stack([tensors[f"{where}{e}.{kind}_proj.weight{suffix}"] for e in range(config["text_config"]["num_experts"])])
+                    for kind in ("gate", "up", "down")
+                )
+                gate, up, down = (x.swapaxes(1, 2) if axis == -1 else x for x in (gate, up, down))
+                fused |= {f"{where}gate_up_proj{suffix}": np.concatenate([gate, up], axis), f"{where}down_proj{suffix}": down}
+        layouts[layout] = fused
+    for layout, values in layouts.items():
+        (tmp_path / layout).mkdir()
+        write_safetensors(tmp_path / layout / "model.safetensors", {name: np.ascontiguousarray(x) for name, x in values.items()})
+        (tmp_path / layout / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+@pytest.mark.parametrize("layout", ["fused", "fused_transposed"])
+def test_fp8_experts_in_one_tensor_go_both_ways_to_the_byte(fp8_layouts, mesh, layout):
+    def tensors(name):
+        checkpoint = open_checkpoint(fp8_layouts / name)
+        return {name: (info.dtype, info.shape, checkpoint.read(name).tobytes()) for name, info in checkpoint.items()}
+
+    assert (
+        sum(".experts.gate_up_proj" in name for name in tensors(layout))
+        == 2 * ModelConfig.from_hf(fp8_layouts / layout).text.num_moe_layers
+    )
+    for number, (source, like) in enumerate(((layout, layout), ("separate", layout), (layout, "separate"))):
+        taken = source_of(fp8_layouts / source)
+        write_hf(taken, taken.config, fp8_layouts / str(number), like=open_checkpoint(fp8_layouts / like))
+        assert tensors(str(number)) == tensors(like)
+    model = load_model(fp8_layouts / layout)
+    export_model(model, model.config, fp8_layouts / "model", like=open_checkpoint(fp8_layouts / layout))
+    assert tensors("model") == tensors(layout)
+    # Of weights without FP8 before, in the layout that is followed.
+    plain, scheme = dataclasses.replace(model.config, quantization=None), model.config
+    write_hf(source_of(fp8_layouts / layout), plain, fp8_layouts / "plain", dtype="float32", like=None)
+    write_hf(source_of(fp8_layouts / "plain"), scheme, fp8_layouts / "quantised", like=open_checkpoint(fp8_layouts / layout))
+    assert tensors("quantised") == tensors(layout)
+
+
+def test_processes_make_and_read_files_of_their_own(reference, tmp_path, monkeypatch):
+    """Two processes, one after the other in this one: all is written once, and each reads what it writes."""
+    read, plain = [], SafetensorsFile.read
+
+    def note(self, name, index=None):
+        values = plain(self, name, index)
+        read.append(values.nbytes)
+        return values
+
+    monkeypatch.setattr(SafetensorsFile, "read", note)
+    monkeypatch.setattr(stream, "_BOX", 4096)  # small beside a file, as always
+    directory = reference / "tiny_fp8"
+    options = dict(like=open_checkpoint(directory), max_file_bytes=300_000, carry=directory)
+    source = source_of(directory)
+    write_hf(source, source.config, tmp_path / "one", **options)
+    alone, totals = sum(read), []
+    monkeypatch.setattr(stream, "first_alone", lambda work: work() if not totals else None)
+    monkeypatch.setattr(stream, "barrier", lambda where: None)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for process in (1, 0):  # the first one completes the checkpoint
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        read.clear()
+        write_hf(source, source.config, tmp_path / "two", **options)
+        totals.append(sum(read))
+        assert (tmp_path / "two" / "config.json").exists() == (process == 0)
+    assert content(tmp_path / "two") == content(tmp_path / "one")
+    assert max(totals) < 0.7 * alone and sum(totals) < 1.25 * alone  # experts at the ends of files are read twice
 
 
 def test_an_interrupted_conversion_goes_on(reference, tmp_path):
