@@ -6,14 +6,21 @@ import msgpack
 import numpy as np
 import pytest
 
-from interns1pro_jax.config import ConfigError
+from interns1pro_jax.config import ConfigError, ModelConfig, TextConfig
+from interns1pro_jax.data.encoding import DocumentEncoder
 from interns1pro_jax.data.examples import StoredImage, StoredSignal, StoredVideo, decode_record, encode_record
+from interns1pro_jax.data.image_processing import PixelBounds
 from interns1pro_jax.data.packing import RowSize
+from interns1pro_jax.data.plan import PipelineConfig
 from interns1pro_jax.data.records import DamagedRecord, DataError, Document, ImagePart, SignalPart, TextPart, VideoPart
 from interns1pro_jax.data.sources import Manifest, PreparedSource, ShardWriter, read_examples, write_index
+from interns1pro_jax.data.validation import PackedExamples
+from interns1pro_jax.models.interns1pro import check_inputs
 from interns1pro_jax.models.time_series_inputs import MAX_SAMPLES, tokens_of
 from interns1pro_jax.tokenizer import base
+from interns1pro_jax.tokenizer.base import model_token_ids
 from interns1pro_jax.tokenizer.scientific import ScientificTokenizer
+from interns1pro_jax.tower_config import InternVitConfig
 
 from .conftest import KINDS, make_document
 
@@ -218,3 +225,23 @@ def test_few_shards_are_open_at_a_time(copy, monkeypatch):
     source = PreparedSource(str(copy))
     for index in (0, 5, 1, 6):
         assert len(source[index].lengths) == 1 and len(source._readers) == 1
+
+
+def test_images_of_a_model_with_tiles_are_rows_of_whole_tiles(tokenizer):
+    tower = InternVitConfig(
+        depth=1, hidden_size=8, num_heads=1, intermediate_size=8, image_size=28, patch_size=7, max_tiles=4, out_hidden_size=32
+    )
+    text = TextConfig(vocab_size=336, hidden_size=32, router_n_groups=1, fope=None)
+    model = ModelConfig(text, tower, None, family="interns1", **model_token_ids(tokenizer))
+    encoder = DocumentEncoder(tokenizer, model, PixelBounds())
+    examples = [encoder.encode(make_document(number, "image")) for number in range(8)]
+    tiles = [medium.grid[0] for example in examples for medium in example.media]
+    assert min(tiles) < max(tiles) == 5  # four, and the whole
+    packed = PackedExamples(examples, model, PipelineConfig(RowSize(64, patches=160), batch_size=2))
+    assert not packed.left_out
+    marked = 0
+    for batch, _ in packed.in_order():
+        check_inputs(model, batch.inputs)
+        marked += int((batch.inputs.tokens == model.image_token_id).sum())
+        assert (batch.labels != model.image_token_id).all()
+    assert marked == 4 * sum(tiles)
