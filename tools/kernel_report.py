@@ -5,6 +5,7 @@
     python -m tools.kernel_report --kernel grouped fp8 --no-peers     # products in FP8 beside those in bfloat16
     python -m tools.kernel_report --kernel plain                      # plain matrix products, whose work is known
     python -m tools.kernel_report --kernel routing                    # the router's kernels beside what XLA estimates for plain jax.numpy
+    python -m tools.kernel_report --kernel rotary                     # norm and rotary encoding of queries and keys, beside the same
     python -m tools.kernel_report --keep compiled                     # a second time: only what changed is compiled
     python -m tools.kernel_report --output kernel_report              # also report.md, report.json and report.png there
 

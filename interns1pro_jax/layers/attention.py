@@ -16,8 +16,7 @@ from interns1pro_jax.layers.lora import AttentionAdapters
 from interns1pro_jax.layers.parameter import normal, ones, parameter, zeros
 from interns1pro_jax.ops import projection
 from interns1pro_jax.ops.attention import OPERANDS, dot_product_attention
-from interns1pro_jax.ops.fope import apply_rotary
-from interns1pro_jax.ops.norm import rms_norm
+from interns1pro_jax.ops.rotary import norm_and_rotary
 
 
 @jax.tree_util.register_dataclass
@@ -26,15 +25,15 @@ class AttentionContext:
     """What every attention layer of a forward pass shares.
 
     Attributes:
-      cos, sin: rotary tables of the tokens, [B, T, heads, H].
+      cos, sin: rotary tables of the tokens in the compute dtype, laid out for `ops.rotary`; no gradient goes to them.
       segment_ids: document of each token, 0 for padding.
       kv_segment_ids: document of each key of the whole row, in reading order (tokens may be in the order of `ops.context`); with a
         cache, of each of its slots, *after* the tokens of this pass have been written.
       slot: first cache slot of this pass; every row writes at the same slots, so that a write is one slice.
     """
 
-    cos: Float[Array, "B T heads H"]
-    sin: Float[Array, "B T heads H"]
+    cos: Float[Array, "B heads T H"]
+    sin: Float[Array, "B heads T H"]
     segment_ids: Int[Array, "B T"]
     kv_segment_ids: Int[Array, "B S"]
     slot: Int[Array, ""] | None = None
@@ -81,11 +80,10 @@ class Attention(nnx.Module):
             return y + getattr(self, bias)[...].astype(dtype) if cfg.attention_bias else y
 
         into_heads = "btd,dnh->btnh"
-        q = rms_norm(project("q", into_heads, x_BTD, self.q_DQH, "q_bias_QH"), self.q_norm_H[...], cfg.rms_norm_eps)
-        k = rms_norm(project("k", into_heads, x_BTD, self.k_DKH, "k_bias_KH"), self.k_norm_H[...], cfg.rms_norm_eps)
+        q = project("q", into_heads, x_BTD, self.q_DQH, "q_bias_QH")
+        k = project("k", into_heads, x_BTD, self.k_DKH, "k_bias_KH")
         v = project("v", into_heads, x_BTD, self.v_DKH, "v_bias_KH")
-        q = apply_rotary(q, context.cos, context.sin)
-        k = apply_rotary(k, context.cos, context.sin)
+        q, k = norm_and_rotary(q, k, self.q_norm_H[...], self.k_norm_H[...], context.cos, context.sin, cfg.rms_norm_eps)
         # A reshape does not always show where its result lives: not with one token or one row.
         q, k, v = (sharding.constrain(a, "batch", "sequence", None, None) for a in (q, k, v))
         q, k, v = (checkpoint_name(a, name) for a, name in zip((q, k, v), OPERANDS, strict=True))

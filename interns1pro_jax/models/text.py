@@ -161,7 +161,9 @@ class TextModel(nnx.Module):
                 )
             slot = cache.length
             kv_segment_ids = jax.lax.dynamic_update_slice(cache.segment_ids, kv_segment_ids.astype(jnp.int32), (0, slot))
-        context = AttentionContext(*self.rotary(positions_BT), segment_ids_BT, kv_segment_ids, slot)
+        # Once for all layers, in the layout and the dtype in which they are used.
+        cos, sin = (jnp.swapaxes(table, 1, 2).astype(x_BTD.dtype) for table in self.rotary(positions_BT))
+        context = AttentionContext(cos, sin, segment_ids_BT, kv_segment_ids, slot)
         outputs: list[BlockOutput] = []
         keys: list[jax.Array] = []
         values: list[jax.Array] = []

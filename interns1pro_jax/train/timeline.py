@@ -28,6 +28,12 @@ KERNEL_TIME_OVER_BOUND = {"v5e": 1.1, "v5p": 1.062, "v6e": 1.114, "tpu7x": 1.139
 # Of attention: an assumption, not read off schedules. Heads of 128 fill the matrix units of v5e and v5p and half of those of v6e and
 # tpu7x, and scores pass through the vector units for their exponentials.
 ATTENTION_TIME_OVER_BOUND = {"v5e": 1.6, "v5p": 1.6, "v6e": 2.8, "tpu7x": 2.8}
+# Of the norm and rotary encoding of queries and keys, whose vector operations take longer than its bytes (docs/kernels.md); v5e from the
+# cycles of v5p.
+ROTARY_TIME_OVER_BOUND = {
+    "norm_and_rotary_gradient": {"v5e": 1.04, "v5p": 1.52, "v6e": 1.13, "tpu7x": 2.02},
+    "norm_and_rotary": {"v5e": 1.0, "v5p": 1.33, "v6e": 1.01, "tpu7x": 1.60},
+}
 
 # Of one number that the scalar unit puts in its place (docs/kernels.md, Routing: 80 us of 32,768 on v5p).
 _PERMUTATION_CYCLES = 4.3
@@ -154,7 +160,8 @@ class Player:
         clock = CHIPS[hardware.name].clock
         if cost := kernel_cost(instruction):
             bound = max(cost.flops / hardware.peak, cost.bytes / hardware.bandwidth)
-            over = ATTENTION_TIME_OVER_BOUND if cost.attention else KERNEL_TIME_OVER_BOUND
+            rotary = (over for name, over in ROTARY_TIME_OVER_BOUND.items() if name in instruction.name)
+            over = ATTENTION_TIME_OVER_BOUND if cost.attention else next(rotary, KERNEL_TIME_OVER_BOUND)
             return over[hardware.name] * bound, True
         if numbers := permuted_numbers(instruction):
             return _PERMUTATION_CYCLES * numbers / clock, True

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tools.kernels import fp8, ours, peers, plain, routing, swiglu
+from tools.kernels import fp8, ours, peers, plain, rotary, routing, swiglu
 from tools.kernels.cases import Case
 
 OURS = "this project"
@@ -17,6 +17,7 @@ FP8: dict[str, peers.Contender] = {"this project, FP8": fp8.grouped_matmul_fp8}
 OTHERS: dict[str, Callable[[], list[Case]]] = {
     "plain": plain.cases,
     "routing": routing.cases,
+    "rotary": rotary.cases,
     "fp8_sums": fp8.scaled_sums,
     "swiglu": swiglu.cases,
 }
