@@ -3,8 +3,8 @@
     python -m tools.average_checkpoints runs/sft/checkpoints out --last 3          # the newest three
     python -m tools.average_checkpoints runs/sft/checkpoints out --steps 500 900   # these
 
-One checkpoint after the other is added up in float32, so that two models are in memory, split over the devices, however many are averaged.
-The result is a checkpoint that `tools.convert`, `train.weights` and `read_weights` take.
+Means are computed in float32, a few boxes of weights of all checkpoints at a time, so that a host without accelerators averages models of
+any size. The result is a checkpoint that `tools.convert`, `train.weights` and `read_weights` take; its adapters are merged.
 """
 
 from __future__ import annotations
@@ -14,28 +14,50 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-from flax import nnx
+import numpy as np
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from interns1pro_jax.checkpoint.errors import CheckpointError
-from interns1pro_jax.checkpoint.weights import read_weights, write_weights
+from interns1pro_jax.checkpoint.hf_names import HfParameter
+from interns1pro_jax.checkpoint.sources import RunSource, steps_in
+from interns1pro_jax.checkpoint.stream import write_run
 from interns1pro_jax.config import ConfigError
-from interns1pro_jax.models.interns1pro import InternS1Pro
-from interns1pro_jax.sharding import make_mesh
 
 
-def average(directory: Path, steps: Sequence[int]) -> InternS1Pro:
-    """The mean of the weights of these checkpoints, computed in float32, in the dtypes of the first."""
-    model, _ = read_weights(directory, steps[0])
-    graph, state = nnx.split(model)
-    dtypes = jax.tree.map(lambda x: x.dtype, state)
-    total = jax.tree.map(lambda x: x.astype(jnp.float32), state)
-    add = jax.jit(lambda total, state: jax.tree.map(lambda t, x: t + x, total, state), donate_argnums=0)
-    for step in steps[1:]:
-        total = add(total, nnx.split(read_weights(directory, step)[0])[1])
-        print(f"step {step} added", flush=True)
-    return nnx.merge(graph, jax.tree.map(lambda t, dtype: (t / len(steps)).astype(dtype), total, dtypes))
+class Mean:
+    """The weights of these checkpoints' mean, computed in float32, in the dtypes of the first: a `checkpoint.sources.Source`.
+
+    Raises:
+      ConfigError: there are less than two.
+      CheckpointError: one of them cannot be read, or is of another model.
+    """
+
+    def __init__(self, directory: Path, steps: Sequence[int]):
+        if len(steps) < 2:
+            raise ConfigError(
+                f"an average needs two checkpoints or more; {directory} has {steps_in(directory) or 'none'}, chosen are {list(steps)}."
+            )
+        self._sources = [RunSource(directory, step) for step in steps]
+        self.config = self._sources[0].config
+        self.identity = f"mean of steps {list(steps)} of {directory.absolute()}"
+        for source in self._sources:
+            if source.config != self.config:
+                raise CheckpointError(
+                    f"{source.directory} is of another model than {self._sources[0].directory}; average checkpoints of one run."
+                )
+
+    def dtype(self, parameter: HfParameter) -> np.dtype:
+        return self._sources[0].dtype(parameter)
+
+    def experts_together(self, parameter: HfParameter) -> int:
+        return self._sources[0].experts_together(parameter)
+
+    def read(self, parameter: HfParameter, box: Sequence[slice]) -> np.ndarray:
+        first, *rest = self._sources
+        total = first.read(parameter, box).astype(np.float32)
+        for source in rest:
+            total += source.read(parameter, box)
+        return (total / len(self._sources)).astype(self.dtype(parameter))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,18 +68,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--steps", type=int, nargs="+", help="checkpoints to average")
     which.add_argument("--last", type=int, help="average so many of the newest")
-    parser.add_argument("--fsdp", type=int, default=1, help="devices over which weights are split")
-    parser.add_argument("--expert", type=int, default=1, help="devices over which expert groups are split")
     arguments = parser.parse_args(argv)
-    there = sorted(int(path.name) for path in arguments.source.glob("*") if path.name.isdecimal())
-    steps = sorted(set(arguments.steps)) if arguments.steps else there[max(0, len(there) - arguments.last) :]
+    if arguments.last is not None and arguments.last < 2:
+        parser.error(f"--last {arguments.last} is no average; give 2 or more.")
+    steps = sorted(set(arguments.steps)) if arguments.steps else steps_in(arguments.source)[-arguments.last :]
     try:
-        if len(steps) < 2:
-            raise ConfigError(f"an average needs two checkpoints or more; {arguments.source} has {there or 'none'}, chosen are {steps}.")
-        with jax.set_mesh(make_mesh(fsdp=arguments.fsdp, expert=arguments.expert)):
-            write_weights(
-                arguments.destination, average(arguments.source, steps), steps[-1], f"mean of steps {steps} of {arguments.source}"
-            )
+        mean = Mean(arguments.source, steps)
+        with Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()) as bar:
+            tasks: dict[str, TaskID] = {}
+
+            def progress(what: str, done: int, total: int) -> None:
+                if what not in tasks:
+                    tasks[what] = bar.add_task(what, total=total)
+                bar.update(tasks[what], completed=done, total=total)
+
+            write_run(mean, arguments.destination, steps[-1], progress=progress)
     except (CheckpointError, ConfigError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

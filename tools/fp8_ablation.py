@@ -1,20 +1,31 @@
 """What the precautions of FP8 training are worth: small models trained with experts in FP8, and with one precaution left out.
 
-    python -m tools.fp8_ablation --output docs/fp8            # fp8.json, fp8.png and the table on the console; minutes on a CPU
-    python -m tools.fp8_ablation --steps 400 --seeds 5 --output runs/fp8
+    python -m tools.fp8_ablation --output runs/fp8     # minutes on a CPU
+    XLA_PYTHON_CLIENT_PREALLOCATE=false python -m tools.fp8_ablation --output docs/fp8 --steps 400 --seeds 5 --processes 4     # on a GPU
 
-Every variant begins with the same weights and sees the same batches (text of Python's documented library) for each seed. The table has the
-loss over the last quarter of the steps less that of bfloat16 with the same seed. Formats are emulated by rounding to them and back.
+writes fp8.json and fp8.png, and the table to the console. Every variant begins with the same weights and sees the same batches (source
+text of Python's library) for each seed. For each the table has
+
+* the loss over the last quarter of the steps less that of bfloat16 with the same seed,
+* the distance of the experts' gradients from those of a model in float32, relative to these, at the same weights (of the first seed's
+  bfloat16 model, trained) and for the same batches,
+* the share of choices of experts, there, that are not those of the model in float32.
+
+Formats are emulated by rounding to them and back, but for the recipe itself, which is the library's.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
+import functools
 import json
+import multiprocessing
 import pkgutil
+import types
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,22 +34,27 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
 
+from interns1pro_jax import sharding
 from interns1pro_jax.config import ModelConfig, TextConfig
+from interns1pro_jax.layers import attention
 from interns1pro_jax.layers.router import Router
 from interns1pro_jax.models.inputs import Batch, ModelInputs
 from interns1pro_jax.models.interns1pro import create_model
+from interns1pro_jax.ops import projection
 from interns1pro_jax.ops.expert_products import EXPERT_PRODUCTS, unfused
 from interns1pro_jax.ops.grouped_matmul import grouped_matmul
 from interns1pro_jax.ops.quantization import E4M3_MAX
+from interns1pro_jax.optim.groups import path_name
 from interns1pro_jax.optim.optimizer import OptimizerConfig, make_optimizer
 from interns1pro_jax.optim.schedule import warmup_stable_decay
 from interns1pro_jax.sharding import make_mesh
-from interns1pro_jax.train.feed import place_batch
-from interns1pro_jax.train.state import init_state
+from interns1pro_jax.train.objective import loss_function
+from interns1pro_jax.train.state import TrainState, init_state
 from interns1pro_jax.train.step import make_train_step
 
 TEXT = TextConfig(
@@ -47,6 +63,8 @@ TEXT = TextConfig(
     initializer_range=0.06, dtype="bfloat16", param_dtype="float32",
 )  # fmt: skip
 ROWS, LENGTH = 8, 64
+PROBES = 4  # batches for which gradients are compared
+POINTS = 40  # of a curve in the file
 Quantize = Callable[[jax.Array], jax.Array]
 
 
@@ -93,7 +111,7 @@ def whole(x: jax.Array) -> jax.Array:
 
 
 def unscaled(x: jax.Array) -> jax.Array:
-    return x.astype("float8_e4m3fn").astype(x.dtype)
+    return jnp.clip(x, -E4M3_MAX, E4M3_MAX).astype("float8_e4m3fn").astype(x.dtype)
 
 
 def e5m2_gradient(x: jax.Array) -> jax.Array:
@@ -108,13 +126,18 @@ def free_block(x: jax.Array) -> jax.Array:
     return rounded(x, (128, 128), power_of_two=False)
 
 
+def near(x: jax.Array) -> jax.Array:
+    """`x` rounded to e4m3 with one scale; its gradient passes straight through."""
+    return x + jax.lax.stop_gradient(whole(x.astype(jnp.float32)).astype(x.dtype) - x)
+
+
 @contextlib.contextmanager
 def router_in_fp8() -> Iterator[None]:
     """Routers whose inputs and weights are rounded to e4m3."""
-    exact = Router.logits
 
     def logits(self: Router, x_BTD: jax.Array) -> jax.Array:
-        return exact(self, x_BTD + jax.lax.stop_gradient(whole(x_BTD.astype(jnp.float32)).astype(x_BTD.dtype) - x_BTD))
+        rounded_to = near(x_BTD.astype(jnp.float32)), near(self.kernel_DE[...].astype(jnp.float32))
+        return projection.project("btd,de->bte", *rounded_to, jax.lax.Precision.HIGHEST)
 
     with mock.patch.object(Router, "logits", logits):
         yield
@@ -122,16 +145,13 @@ def router_in_fp8() -> Iterator[None]:
 
 @contextlib.contextmanager
 def attention_in_fp8() -> Iterator[None]:
-    """Everything else in FP8, too: the inputs of all projections."""
-    from interns1pro_jax.ops import projection
+    """Attention whose projections have inputs and weights rounded to e4m3."""
+    exact = attention.projection.project
 
-    exact = projection.project
+    def project(formula: str, x_BT: jax.Array, weight: jax.Array, *rest: Any) -> jax.Array:
+        return exact(formula, near(x_BT), near(weight), *rest)
 
-    def project(formula, x_BT, weight, precision=None):  # type: ignore[no-untyped-def]
-        near = whole(x_BT.astype(jnp.float32)).astype(x_BT.dtype)
-        return exact(formula, x_BT + jax.lax.stop_gradient(near - x_BT), weight, precision)
-
-    with mock.patch.object(projection, "project", project):
+    with mock.patch.object(attention, "projection", types.SimpleNamespace(project=project)):
         yield
 
 
@@ -168,28 +188,80 @@ def corpus() -> np.ndarray:
     return np.frombuffer(text, np.uint8)
 
 
-def batch(data: np.ndarray, seed: int, step: int) -> Any:
+def rows(data: np.ndarray, seed: int, step: int) -> np.ndarray:
+    """Tokens [ROWS, LENGTH + 1] of a batch."""
     starts = np.random.default_rng([seed, step]).integers(0, len(data) - LENGTH - 1, ROWS)
-    rows: Any = np.stack([data[start : start + LENGTH + 1] for start in starts]).astype(np.int32)
-    positions: Any = np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1))
-    return Batch(ModelInputs(rows[:, :-1], positions, positions * 0 + 1), rows[:, 1:])
+    return np.stack([data[start : start + LENGTH + 1] for start in starts]).astype(np.int32)
 
 
-def train(variant: Variant, data: np.ndarray, seeds: int, steps: int) -> np.ndarray:
-    """Losses [seeds, steps]."""
-    config = ModelConfig(dataclasses.replace(TEXT, expert_products=variant.products), None, None)
-    products = {} if variant.product is None else {"fp8": unfused(variant.product)}
+def batch_of(rows: jax.Array) -> Batch:
+    rows = sharding.constrain(rows, "batch", None)
+    positions = jnp.zeros_like(rows[:, 1:]) + jnp.arange(LENGTH, dtype=jnp.int32)
+    return Batch(ModelInputs(rows[:, :-1], positions, jnp.ones_like(positions)), rows[:, 1:])
+
+
+@contextlib.contextmanager
+def applied(variant: Variant, dtype: str = "bfloat16") -> Iterator[ModelConfig]:
+    """The model of a variant, whose products are in force while it is entered."""
+    products: Any = {} if variant.product is None else {"fp8": unfused(variant.product)}
+    text = dataclasses.replace(TEXT, expert_products=variant.products, dtype=dtype)
+    with mock.patch.dict(EXPERT_PRODUCTS, products), variant.around(), jax.set_mesh(make_mesh()):
+        yield ModelConfig(text, None, None)
+
+
+def train(variant: Variant, data: np.ndarray, seeds: int, steps: int) -> tuple[np.ndarray, TrainState]:
+    """Losses [seeds, steps], and the first seed's state at the end; one program does all steps."""
     optimizer = make_optimizer(OptimizerConfig(), warmup_stable_decay(3e-3, steps, warmup_steps=max(steps // 20, 1)))
-    losses = np.zeros((seeds, steps))
-    with mock.patch.dict(EXPERT_PRODUCTS, products), variant.around(), jax.set_mesh(make_mesh()):  # type: ignore[arg-type]
-        step_fn = None
-        for seed in range(seeds):
-            graph, state = init_state(create_model(config, seed), optimizer)
-            step_fn = step_fn or make_train_step(graph, config.text, optimizer)
-            for step in range(steps):
-                state, metrics = step_fn(state, place_batch(batch(data, seed, step)))
-                losses[seed, step] = float(metrics["loss"])
-    return losses
+    losses, ends = np.zeros((seeds, steps)), []
+    with applied(variant) as config:
+        states = [init_state(create_model(config, seed), optimizer) for seed in range(seeds)]
+        one = make_train_step(states[0][0], config.text, optimizer)
+
+        def step(state: TrainState, rows: jax.Array) -> tuple[TrainState, jax.Array]:
+            state, metrics = one(state, batch_of(rows))
+            return state, metrics["loss"]
+
+        many = jax.jit(lambda state, rows: jax.lax.scan(step, state, rows))
+        for seed, (_, state) in enumerate(states):
+            state, losses[seed] = many(state, np.stack([rows(data, seed, number) for number in range(steps)]))
+            ends.append(state)
+    return losses, ends[0]
+
+
+def compare(data: np.ndarray, steps: int) -> dict[str, tuple[float, float]]:
+    """Of every variant: the relative distance of the experts' gradients from those of float32, and the share of other choices."""
+    _, state = train(VARIANTS[0], data, 1, steps)
+    batches = [rows(data, 0, steps + number) for number in range(PROBES)]
+
+    def found(variant: Variant, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+        with applied(variant, dtype) as config:
+            graph = nnx.graphdef(create_model(config))
+
+            @jax.jit
+            def gradient(params: Any, buffers: Any, rows: jax.Array) -> tuple[list[jax.Array], jax.Array]:
+                batch = batch_of(rows)
+                grads = jax.grad(lambda params: loss_function(nnx.merge(graph, params, buffers), batch)[0])(params)
+                experts = [x for path, x in jax.tree_util.tree_leaves_with_path(grads) if path_name(path).endswith(("wi_EDF", "wo_EFD"))]
+                return experts, nnx.merge(graph, params, buffers)(batch.inputs).routing_LBTGC
+
+            results = [gradient(state.params, state.buffers, rows) for rows in batches]
+            return np.stack([np.concatenate([np.ravel(x) for x in grads]) for grads, _ in results]), np.stack([r for _, r in results])
+
+    exact, choices = found(VARIANTS[0], "float32")
+    result = {}
+    for variant in VARIANTS:
+        grads, chosen = found(variant, "bfloat16")
+        result[variant.name] = float(np.linalg.norm(grads - exact) / np.linalg.norm(exact)), float(np.mean(chosen != choices))
+    return result
+
+
+def losses_of(number: int, seeds: int, steps: int) -> np.ndarray:
+    """For a process of its own, to which functions cannot be sent."""
+    return train(VARIANTS[number], corpus(), seeds, steps)[0]
+
+
+def compared(steps: int) -> dict[str, tuple[float, float]]:
+    return compare(corpus(), steps)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -197,36 +269,56 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="directory for fp8.json and fp8.png")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--processes", type=int, default=1, help="variants that are trained at the same time, on the same device")
     arguments = parser.parse_args(argv)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    console, data = Console(), corpus()
-    losses = {v.name: train(v, data, arguments.seeds, arguments.steps) for v in track(VARIANTS, "training", console=console)}
-    lines = table(losses)
+    console = Console()
+    with concurrent.futures.ProcessPoolExecutor(arguments.processes, multiprocessing.get_context("spawn")) as pool:
+        comparison = pool.submit(compared, arguments.steps)
+        numbers = range(len(VARIANTS))
+        found = pool.map(functools.partial(losses_of, seeds=arguments.seeds, steps=arguments.steps), numbers)
+        losses = {v.name: x for v, x in track(zip(VARIANTS, found, strict=True), "training", len(VARIANTS), console=console)}
+        differences = comparison.result()
+    lines = table(losses, differences)
+    width = max(arguments.steps // POINTS, 1)
     content = {
         "date": datetime.date.today().isoformat(),
         "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
         "steps": arguments.steps,
-        "losses": {name: np.round(x, 5).tolist() for name, x in losses.items()},
+        "losses": {name: np.round(means(x, width), 4).tolist() for name, x in losses.items()},
+        "gradients": {name: {"distance": x, "other choices": y} for name, (x, y) in differences.items()},
+        "table": lines,
     }
     (arguments.output / "fp8.json").write_text(json.dumps(content))
-    draw(losses).savefig(arguments.output / "fp8.png", dpi=120)
+    draw(losses, f"{content['date']}, JAX {content['jax']}, {content['device']}").savefig(arguments.output / "fp8.png", dpi=120)
     console.print("\n".join(lines), highlight=False, soft_wrap=True)
 
 
-def table(losses: dict[str, np.ndarray]) -> list[str]:
-    """Markdown: mean loss at the end, and its difference from bfloat16 with the same seed, mean and extremes over seeds."""
+def means(x: np.ndarray, width: int) -> np.ndarray:
+    """Over `width` steps at a time [seeds, points]."""
+    return x[:, : x.shape[1] // width * width].reshape(len(x), -1, width).mean(2)
+
+
+def table(losses: dict[str, np.ndarray], differences: dict[str, tuple[float, float]]) -> list[str]:
+    """Markdown: mean loss at the end, its difference from bfloat16 with the same seed (mean and extremes over seeds), and `compare`."""
     late = {name: x[:, -max(x.shape[1] // 4, 1) :].mean(1) for name, x in losses.items()}
     noise = float(np.std(late["bfloat16"], ddof=1)) if len(late["bfloat16"]) > 1 else float("nan")
-    lines = ["| experts | loss at the end | less that of bfloat16, same seed | least to most |", "| --- | ---: | ---: | ---: |"]
+    lines = [
+        "| experts | loss at the end | less that of bfloat16, same seed | least to most | gradients off by | other choices |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
     for name, x in late.items():
-        change = x - late["bfloat16"]
-        lines.append(f"| {name} | {x.mean():.4f} | {change.mean():+.4f} | {change.min():+.4f} to {change.max():+.4f} |")
+        change, (off, other) = x - late["bfloat16"], differences[name]
+        of_seeds = f"{change.mean():+.4f} | {change.min():+.4f} to {change.max():+.4f}"
+        lines.append(f"| {name} | {x.mean():.4f} | {of_seeds} | {100 * off:.1f} % | {100 * other:.1f} % |")
     return [*lines, "", f"Standard deviation of bfloat16 over seeds: {noise:.4f}."]
 
 
-def draw(losses: dict[str, np.ndarray]) -> Figure:
+def draw(losses: dict[str, np.ndarray], title: str) -> Figure:
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss less that of bfloat16 (nats per byte)")
+    axes.set_title(title, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     width = max(losses["bfloat16"].shape[1] // 20, 1)
     kernel = np.ones(width) / width

@@ -3,7 +3,8 @@
 Every expert's gate, up and down projection, every layer's attention projections and the towers' are matrices of their own. Newton-Schulz
 needs all of a matrix, and a device holds a part of many. So devices exchange parts for whole matrices, each orthogonalises its share of
 them, and the results go back: two all-to-alls, each of a device's own share of the weights in bfloat16. Experts do not leave the devices
-of their group, nothing is gathered, and no matrix is computed twice.
+of their group, and nothing is gathered. Devices that hold the same part of a parameter (all along `data`, and along `expert` for what is
+no expert) compute the same.
 
 `optax.contrib.muon` computes on whole arrays: with explicit shardings its products are ambiguous, with automatic ones the weights are
 gathered on every device.
@@ -28,7 +29,7 @@ from interns1pro_jax.optim.groups import path_name
 # Rows and columns of the matrices in a parameter, by the letters that its name ends with; what is left are several of them.
 _MATRICES = {
     "DQH": ("D", "QH"), "DKH": ("D", "KH"), "QHD": ("QH", "D"), "DCQH": ("D", "QH"),
-    "EDF": ("D", "F"), "EFD": ("F", "D"), "DF": ("D", "F"), "FD": ("F", "D"),
+    "EDF": ("D", "F"), "EFD": ("F", "D"), "DF": ("D", "F"), "FD": ("F", "D"), "EF": ("E", "F"), "ED": ("E", "D"), "DE": ("D", "E"),
 }  # fmt: skip
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # steepest at 0: singular values end between 0.7 and 1.2 (Jordan et al., Muon, 2024)
 _ROUND = 2**24  # elements that a device orthogonalises at a time, unless one matrix has more
@@ -36,7 +37,8 @@ _ROUND = 2**24  # elements that a device orthogonalises at a time, unless one ma
 
 @dataclasses.dataclass(frozen=True)
 class MuonConfig:
-    """Muon for the matrices; all else is left to AdamW: embeddings, head, routers, convolutions, vectors.
+    """Muon for the matrices between layers; all else is left to AdamW: embeddings of tokens, patches and positions, head, routers,
+    convolutions, vectors.
 
     Attributes:
       momentum: decay of the average of gradients, which is used with Nesterov's look ahead.
@@ -70,9 +72,18 @@ def letters_of(name: str) -> str | None:
 
 
 def scale_by_muon(config: MuonConfig) -> optax.GradientTransformation:
-    """Orthogonalised momentum; every leaf must be a parameter of matrices (`letters_of`)."""
+    """Orthogonalised momentum; every leaf must be a parameter of matrices (`letters_of`).
+
+    Raises:
+      ConfigError: in `init`, there is none.
+    """
 
     def init(params: Any) -> MuonState:
+        if not jax.tree.leaves(params):
+            raise ConfigError(
+                "OptimizerConfig.muon is for matrices, and none of what is trained is one: adapters (TextConfig.lora) are trained by "
+                "AdamW, and OptimizerConfig.freeze may leave vectors only. Drop OptimizerConfig.muon, or train matrices."
+            )
         return MuonState(jax.tree.map(jnp.zeros_like, params))
 
     def update(updates: Any, state: MuonState, params: Any = None) -> tuple[Any, MuonState]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 from rich.console import Console
 
@@ -55,7 +56,7 @@ class LoopConfig:
         clocks of several differ.
       faults: what becomes of steps that go wrong; that of the step.
       hang_seconds: a step, evaluation or save that takes longer ends the process, to be started again; None waits for ever. The first
-        step, which compiles, may take any time; evaluations and saves must fit.
+        step and the first with a batch of another size, which compile, may take any time; evaluations and saves must fit.
       profile_steps: the first and last step, counted from 1, of a profiler's trace in `WORKDIR/profile`.
       prefetch: batches prepared ahead.
     """
@@ -197,7 +198,7 @@ class _Run:
     stop: _StopSignal
 
     def __post_init__(self) -> None:
-        self._compiled = False
+        self._compiled: set[Any] = set()  # kinds of batches for which there is a program
         self._saved_at = time.monotonic()
         self._seconds_at: dict[int, dict[str, float]] = {}  # of the clock at each save
         self._state: TrainState | None = None  # the newest one, given up by a rewind
@@ -210,15 +211,17 @@ class _Run:
             for index, host_batch, batch in clock.waiting("data", feed):
                 done = index - skipped + 1
                 self.profiler.before(done)
-                with clock("step" if self._compiled else "compile"):
+                if compiles := (kind := _kind(host_batch)) not in self._compiled:
+                    self.watchdog.pause()
+                with clock("compile" if compiles else "step"):
                     state, metrics = self.step_fn(state, batch)
                 self._state = state
                 self.profiler.after(done, metrics)
                 with clock("step"):
                     self.recorder.submit(done, metrics, host_batch)
-                if self._compiled:
+                if not compiles:
                     self.watchdog.beat(f"step {done + 1}")
-                self._compiled = True
+                self._compiled.add(kind)
                 self._after(done, state)
         with clock("save"):
             self.checkpoints.wait()
@@ -317,6 +320,12 @@ def _restore(
             )
         data.restore(restored.extras["data"])
     return restored.state, restored.damaged
+
+
+def _kind(batch: Any) -> Any:
+    """What a compiled step can be used for: structure, shapes and dtypes."""
+    leaves, structure = jax.tree.flatten(batch)
+    return structure, *((np.shape(x), np.result_type(x)) for x in leaves)
 
 
 def _divides(every: int | None, step: int) -> bool:

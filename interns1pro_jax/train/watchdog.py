@@ -51,13 +51,18 @@ class Watchdog:
         """All is well; what follows is `doing`."""
         self._beat = (time.monotonic(), doing)
 
+    def pause(self) -> None:
+        """What follows may take any time; the watch begins again with the next beat."""
+        self._beat = None
+
     def _watch(self) -> None:
         assert self._seconds is not None
         while not self._ended.wait(self._seconds / 8):
-            if self._beat is None:
+            beat = self._beat
+            signal.setitimer(signal.ITIMER_REAL, 0 if beat is None else 2 * self._seconds)
+            if beat is None:
                 continue
-            signal.setitimer(signal.ITIMER_REAL, 2 * self._seconds)
-            since, doing = self._beat
+            since, doing = beat
             if time.monotonic() - since > self._seconds:
                 self._end(doing)
 

@@ -16,13 +16,6 @@ from experiments.train import train
 from interns1pro_jax.checkpoint.errors import CheckpointError
 from interns1pro_jax.checkpoint.weights import write_weights
 from interns1pro_jax.config import ConfigError, ModelConfig
-from interns1pro_jax.data.corpus import Corpus
-from interns1pro_jax.data.encoding import DocumentEncoder
-from interns1pro_jax.data.image_processing import PixelBounds
-from interns1pro_jax.data.mixture import Source
-from interns1pro_jax.data.packing import RowSize
-from interns1pro_jax.data.plan import PipelineConfig
-from interns1pro_jax.data.preparation import PreparationConfig, write_documents
 from interns1pro_jax.expansion.assignment import ExpansionConfig
 from interns1pro_jax.expansion.manifest import FILE, Manifest
 from interns1pro_jax.expansion.routing_counts import RoutingCounts
@@ -32,29 +25,15 @@ from interns1pro_jax.optim.optimizer import OptimizerConfig, make_optimizer
 from interns1pro_jax.optim.schedule import constant
 from interns1pro_jax.sharding import MeshConfig, make_mesh
 from interns1pro_jax.tokenizer.base import model_token_ids
-from interns1pro_jax.tokenizer.byte_bpe import ByteBpeTokenizer
 from interns1pro_jax.tower_config import InternVitConfig
 from interns1pro_jax.train.loop import LoopConfig
 from interns1pro_jax.train.metrics import read_records
 from interns1pro_jax.train.state import init_state
 from interns1pro_jax.train.step import StepConfig
-from tests.data.conftest import WORDS, make_document
 from tests.expansion.conftest import source_config
 from tests.tiny import multimodal
 
 EXPANSION = ExpansionConfig(growth=2, groups=4, experts_per_token=4)
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Corpus:
-    root = tmp_path_factory.mktemp("data")
-    tokenizer = ByteBpeTokenizer.train([" ".join(WORDS)] * 3, 330)
-    tokenizer.save(root / "tokenizer.json")
-    ids: dict[str, Any] = {**model_token_ids(tokenizer)}
-    encoder = DocumentEncoder(tokenizer, ModelConfig(**ids), PixelBounds(1024, 4096))
-    write_documents(str(root / "text"), [make_document(n, "text") for n in range(80)], PreparationConfig("documents", None), encoder)
-    pipeline = PipelineConfig(RowSize(32), batch_size=4, block=64)
-    return Corpus("tokenizer.json", [Source("text", 1.0)], pipeline, str(root), held_out=["text"], evaluation_batches=1, samples=0)
 
 
 @pytest.fixture(scope="module", autouse=True)

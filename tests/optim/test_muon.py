@@ -1,6 +1,7 @@
 """Laws of Muon: by definition, on any mesh, without moving weights that need not move; of groups: what is frozen has nothing."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,14 +9,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from interns1pro_jax.config import ConfigError
+from interns1pro_jax.config import ConfigError, LoraConfig
+from interns1pro_jax.layers.lora import trained_kind
 from interns1pro_jax.optim.muon import MuonConfig, letters_of, orthogonalize
 from interns1pro_jax.optim.optimizer import OptimizerConfig, make_optimizer
 from interns1pro_jax.optim.schedule import constant
 from interns1pro_jax.sharding import make_mesh, spec
 from interns1pro_jax.train import hlo
 from interns1pro_jax.train.state import abstract_init
-from tests.tiny import multimodal
+from tests.tiny import multimodal, text_config
 
 SHARDED = dict(data=1, fsdp=2, context=1, expert=4)
 # Parameters by their names, with logical dimensions: stacked experts, attention, a tower's fused projection, on meshes that do and do not
@@ -27,6 +29,7 @@ PARAMETERS = {
     "text/runs/0/attention/o_QHD": ((3, 2, 4, 16), (None, None, None, "embed")),
     "vision/blocks/qkv_DCQH": ((2, 16, 3, 2, 4), (None, "tower_embed", None, None, None)),
     "vision/merger/fc2_FD": ((8, 16), (None, "tower_embed")),
+    "time_series/adapt_in_ED": ((8, 16), (None, None)),
 }
 
 
@@ -47,7 +50,7 @@ def matrices(name, x):
             return [layer.reshape(8, 16) for layer in x]
         case "qkv_DCQH":
             return [layer[:, c].reshape(16, 8) for layer in x for c in range(3)]
-        case "fc2_FD":
+        case "fc2_FD" | "adapt_in_ED":
             return [x]
 
 
@@ -105,9 +108,19 @@ def test_muon_takes_matrices_and_adamw_the_rest_of_a_model():
         f"text/runs/0/{name}"
         for name in ("attention/q_DQH", "attention/k_DKH", "attention/v_DKH", "attention/o_QHD", "moe/wi_EDF", "moe/wo_EFD")
     }
-    assert {"text/embed_VD", "text/lm_head_DV", "text/runs/0/moe/router/kernel_DE", "text/final_norm_D"} <= with_adam
+    assert {name for name in with_adam if not re.search("bias|norm|scale", name)} == {
+        "text/embed_VD", "text/lm_head_DV", "text/runs/0/moe/router/kernel_DE", "vision/patch_kernel_ID", "vision/position_ND",
+        "time_series/position_ND", "time_series/conv1_XDE", "time_series/conv2_XEE", "time_series/patch_encoder/conv_XD",
+    }  # fmt: skip
     assert not any(letters_of(name) for name in with_adam)
     assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves((muon.momentum, adam.mu, adam.nu)))
+
+
+def test_muon_without_matrices_is_refused(mesh):
+    with_adapters = dataclasses.replace(multimodal(), text=text_config(lora=LoraConfig()))
+    optimizer = make_optimizer(OptimizerConfig(muon=MuonConfig()), constant(0.1), trained_kind(with_adapters))
+    with pytest.raises(ConfigError, match=r"adapters \(TextConfig.lora\) are trained by AdamW.*Drop OptimizerConfig.muon"):
+        abstract_init(with_adapters, optimizer)
 
 
 def test_frozen_parts_have_neither_gradients_nor_moments(mesh):

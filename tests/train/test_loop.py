@@ -26,6 +26,7 @@ from interns1pro_jax.train.journal import read_journal
 from interns1pro_jax.train.loop import INTERRUPTED, Interrupted, LoopConfig, train
 from interns1pro_jax.train.metrics import JsonLines, read_arrays, read_records
 from interns1pro_jax.train.state import TrainState, add_tokens, count_tokens
+from interns1pro_jax.train.watchdog import Watchdog
 
 
 def make_state() -> TrainState:
@@ -93,6 +94,29 @@ def run(workdir, steps=10, batches=None, identity=None, step=step_fn, output=Non
             evaluate=evaluate,
             console=console,
         )
+
+
+class Growing(Numbers):
+    def __getitem__(self, step):
+        batch = super().__getitem__(step)
+        return {"x": np.tile(batch["x"], (1 if step < 4 else 2, 1))}
+
+
+def test_a_batch_of_another_size_may_compile_as_long_as_it_takes(tmp_path, monkeypatch):
+    events = []
+
+    class Recording(Watchdog):
+        def beat(self, doing):
+            events.append(doing)
+
+        def pause(self):
+            events.append("pause")
+
+    monkeypatch.setattr("interns1pro_jax.train.loop.Watchdog", Recording)
+    run(tmp_path, steps=7, step=lambda state, batch: (events.append("call"), step_fn(state, batch))[1], batches=Growing())
+    assert [event for event in events if event in ("pause", "call")] == ["pause", *["call"] * 4, "pause", *["call"] * 3]
+    after = events[events.index("pause", 1) :]
+    assert after[:4] == ["pause", "call", "call", "step 7"]  # not watched until the grown step is known to be done
 
 
 def assert_equal(a, b):

@@ -16,7 +16,11 @@ def stuck():
 
 with Watchdog(1.0, Path(sys.argv[1]), 7) as watchdog:
     time.sleep(1.2)  # nothing is watched before the first beat
-    for step in range(4):
+    watchdog.beat("step 0")
+    time.sleep(0.3)
+    watchdog.pause()
+    time.sleep(2.2)  # nor in a pause
+    for step in range(1, 4):
         watchdog.beat(f"step {step}")
         time.sleep(0.3)
     stuck()
