@@ -75,7 +75,8 @@ def run(workdir: Path, compile_only: bool = False) -> None:
         check_writable(workdir)
         launch(workdir, compile_only)
     except (ConfigError, CheckpointError, DataError, BadStepError) as error:
-        sys.exit(f"error: {error}")
+        notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+        sys.exit(f"error: {error}{notes}")
     except jax.errors.JaxRuntimeError as error:
         if compile_only or str(error).startswith(_LASTING):
             raise

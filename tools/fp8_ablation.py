@@ -95,7 +95,11 @@ def product_of(rows: Quantize, matrices: Quantize, gradients: Quantize) -> Calla
         return out, pullback
 
     product.defvjp(forward, lambda pullback, grad_MN: (*pullback(gradients(grad_MN)), None))
-    return lambda lhs, rhs, sizes, *, group_offset=None: product(lhs, rhs, sizes)
+
+    def grouped(lhs: jax.Array, rhs: jax.Array, sizes_G: jax.Array, *, transposed: bool = False, group_offset: None = None) -> jax.Array:
+        return product(lhs, jnp.swapaxes(rhs, 1, 2) if transposed else rhs, sizes_G)
+
+    return grouped
 
 
 def tile(x: jax.Array) -> jax.Array:

@@ -73,7 +73,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.process:
         index, count, address = arguments.process
-        jax.distributed.initialize(address, int(count), int(index), heartbeat_timeout_seconds=10, shutdown_timeout_seconds=10)
+        jax.distributed.initialize(address, int(count), int(index), heartbeat_timeout_seconds=30, shutdown_timeout_seconds=30)
     if arguments.cache:
         jax.config.update("jax_compilation_cache_dir", arguments.cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

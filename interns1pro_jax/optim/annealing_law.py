@@ -49,13 +49,19 @@ def fit(runs: Sequence[tuple[Float[np.ndarray, " steps"], Float[np.ndarray, " st
     Raises:
       ConfigError: fewer than two schedules, which leave the constants undetermined, or runs that are too short.
     """
-    if len({tuple(rates.tolist()) for rates, _ in runs}) < 2:
-        raise ConfigError("a law needs pilot runs of at least two schedules, one of them with a decay.")
+    if (schedules := len({tuple(rates.tolist()) for rates, _ in runs})) < 2:
+        raise ConfigError(
+            f"a law needs pilot runs of at least two schedules, one of them with a decay; the {len(runs)} given have {schedules}. Add a "
+            "run with another schedule."
+        )
     s1, s2, losses = [], [], []
-    for rates, found in runs:
+    for number, (rates, found) in enumerate(runs, 1):
         chosen = np.arange(warmup, len(rates))[:: max((len(rates) - warmup) // _POINTS, 1)]
         if not chosen.size:
-            raise ConfigError(f"a pilot run has {len(rates)} steps, of which the first {warmup} are left out; make it longer.")
+            raise ConfigError(
+                f"pilot run {number} of {len(runs)} has {len(rates)} steps, of which the first {warmup} are left out; make it longer, or "
+                "leave out fewer."
+            )
         of_run = areas(rates, decay)
         s1.append(of_run[0][chosen])
         s2.append(of_run[1][chosen])

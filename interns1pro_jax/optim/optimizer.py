@@ -71,7 +71,7 @@ class OptimizerConfig:
                 f"OptimizerConfig.moment_dtype={self.moment_dtype!r} is not supported; use one of {', '.join(_MOMENT_DTYPES)}."
             )
         if isinstance(self.freeze, str):
-            raise ConfigError(f"OptimizerConfig.freeze={self.freeze!r} must be a list of groups.")
+            raise ConfigError(f"OptimizerConfig.freeze={self.freeze!r} must be a list of groups, such as [{self.freeze!r}].")
         for group, factor in self.learning_rates.items():
             if factor <= 0:
                 raise ConfigError(f"OptimizerConfig.learning_rates[{group!r}]={factor} must be positive; `freeze` does not train a group.")
@@ -123,7 +123,7 @@ class Optimizer:
         check_groups("OptimizerConfig.learning_rates", self.learning_rates, paths)
         params, rest = nnx.state(model, trained_parameters(self.kind, self.freeze), ...)
         if not jax.tree.leaves(params):
-            raise ConfigError(f"OptimizerConfig.freeze={list(self.freeze)} leaves no parameter to train.")
+            raise ConfigError(f"OptimizerConfig.freeze={list(self.freeze)} leaves no parameter to train; take a group out of it.")
         return params, rest
 
     def init(self, params: Any) -> optax.OptState:

@@ -8,6 +8,7 @@ import pytest
 
 from experiments import launch
 from interns1pro_jax.config import ModelConfig
+from interns1pro_jax.data.records import DataError
 from interns1pro_jax.train import aot
 from interns1pro_jax.train.watchdog import INTERRUPTED
 
@@ -78,6 +79,18 @@ def test_a_device_that_fails_ends_a_run_to_be_started_again_unless_it_would_fail
         launch.run(tmp_path)
     if ending is SystemExit:
         assert error.value.code == INTERRUPTED and message in capsys.readouterr().err
+
+
+def test_what_was_being_done_is_part_of_the_line(tmp_path, monkeypatch):
+    def fails(*_):
+        error = DataError("a record is damaged")
+        error.add_note("while preparing batch 7")
+        raise error
+
+    launch.parse([str(launch.ROOT / "configs/recipes/demo.gin")], [])
+    monkeypatch.setattr(launch, "launch", fails)
+    with pytest.raises(SystemExit, match=r"^error: a record is damaged \(while preparing batch 7\)$"):
+        launch.run(tmp_path)
 
 
 @pytest.mark.skipif(not aot.can_compile(), reason="the devices of a TPU pod come from libtpu (Linux on x86-64)")

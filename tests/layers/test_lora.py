@@ -1,5 +1,7 @@
 """Adapters: nothing changes at first, merged equals unmerged on any mesh, and only they are trained."""
 
+import dataclasses
+
 import jax
 import numpy as np
 from flax import nnx
@@ -7,7 +9,7 @@ from flax import nnx
 from interns1pro_jax.config import LoraConfig
 from interns1pro_jax.layers.lora import merged, trained_kind
 from interns1pro_jax.models.inputs import Batch
-from interns1pro_jax.models.interns1pro import create_model
+from interns1pro_jax.models.interns1pro import InternS1Pro, create_model
 from interns1pro_jax.optim.optimizer import OptimizerConfig, make_optimizer
 from interns1pro_jax.optim.schedule import constant
 from interns1pro_jax.sharding import make_mesh
@@ -17,7 +19,8 @@ from interns1pro_jax.train.state import init_state
 from interns1pro_jax.train.step import make_train_step
 from tests.tiny import random_inputs, text_only
 
-CONFIG = text_only(lora=LoraConfig(rank=4), num_hidden_layers=1)
+PLAIN = text_only(num_hidden_layers=1, num_experts=16)
+CONFIG = dataclasses.replace(PLAIN, text=dataclasses.replace(PLAIN.text, lora=LoraConfig(rank=4)))
 
 
 def batch():
@@ -33,7 +36,7 @@ def test_a_step_trains_adapters_alone_and_merged_equals_unmerged():
         assert names == {"a", "b", "wi_a_EDR", "wi_b_ERF", "wo_a_EFR", "wo_b_ERD"}
         base = jax.tree.map(np.asarray, state.buffers)
         loss = jax.jit(lambda model, batch: loss_function(model, batch)[1].loss)
-        plain_graph = nnx.graphdef(create_model(text_only(num_hidden_layers=1)))
+        plain_graph = nnx.graphdef(nnx.eval_shape(lambda: InternS1Pro(PLAIN, rngs=nnx.Rngs(0))))
         at_first = float(loss(nnx.merge(plain_graph, *nnx.split_state(state.buffers, nnx.Param, ...)), place_batch(batch())))
         step = make_train_step(graph, CONFIG.text, optimizer)
         losses = []
@@ -47,7 +50,7 @@ def test_a_step_trains_adapters_alone_and_merged_equals_unmerged():
         plain, weights = merged(CONFIG, params, state.params)
         changed = [path for path, x in nnx.to_flat_state(weights) if not np.array_equal(x[...], dict(nnx.to_flat_state(params))[path][...])]
         assert {str(path[-1]) for path in changed} == {"q_DQH", "k_DKH", "v_DKH", "o_QHD", "wi_EDF", "wo_EFD"}
-        assert plain == text_only(num_hidden_layers=1)
+        assert plain == PLAIN
         model = nnx.merge(plain_graph, weights, buffers)
         np.testing.assert_allclose(
             loss(model, place_batch(batch())), loss(nnx.merge(graph, state.params, state.buffers), place_batch(batch())), rtol=1e-5

@@ -1,0 +1,33 @@
+"""Training with experts in FP8 is training: its loss falls as that of bfloat16 does. Without scales it is not."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from tools import fp8_ablation
+
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def losses():
+    chosen = [variant for variant in fp8_ablation.VARIANTS if variant.name in ("bfloat16", "the recipe", "no scales")]
+    small = dataclasses.replace(fp8_ablation.TEXT, num_hidden_layers=1, num_experts=8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fp8_ablation, "TEXT", small)
+        return {variant.name: fp8_ablation.train(variant, fp8_ablation.corpus(), 1, STEPS)[0] for variant in chosen}
+
+
+def test_the_recipe_learns_as_bfloat16_does(losses):
+    exact, recipe = losses["bfloat16"], losses["the recipe"]
+    assert exact.shape == (1, STEPS) and exact[0, -4:].mean() < exact[0, 0] - 1
+    np.testing.assert_allclose(recipe, exact, rtol=0.02)
+    assert not np.array_equal(recipe, exact)
+
+
+def test_a_table_has_every_variant(losses):
+    lines = fp8_ablation.table(losses, dict.fromkeys(losses, (0.5, 0.25)))
+    late = {name: x[:, -6:].mean() for name, x in losses.items()}
+    for line, (name, loss) in zip(lines[2:], late.items(), strict=False):
+        assert line.startswith(f"| {name} | {loss:.4f} | {loss - late['bfloat16']:+.4f} |") and line.endswith("| 50.0 % | 25.0 % |")
