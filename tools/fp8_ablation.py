@@ -276,27 +276,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, default=1, help="variants that are trained at the same time, on the same device")
     arguments = parser.parse_args(argv)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    console = Console()
+    console, width = Console(), max(arguments.steps // POINTS, 1)
+    content: dict[str, Any] = {"date": datetime.date.today().isoformat(), "jax": jax.__version__, "device": jax.devices()[0].device_kind}
+    content |= {"steps": arguments.steps, "losses": {}}
+    file = arguments.output / "fp8.json"
     with concurrent.futures.ProcessPoolExecutor(arguments.processes, multiprocessing.get_context("spawn")) as pool:
         comparison = pool.submit(compared, arguments.steps)
         numbers = range(len(VARIANTS))
         found = pool.map(functools.partial(losses_of, seeds=arguments.seeds, steps=arguments.steps), numbers)
-        losses = {v.name: x for v, x in track(zip(VARIANTS, found, strict=True), "training", len(VARIANTS), console=console)}
-        differences = comparison.result()
-    lines = table(losses, differences)
-    width = max(arguments.steps // POINTS, 1)
-    content = {
-        "date": datetime.date.today().isoformat(),
-        "jax": jax.__version__,
-        "device": jax.devices()[0].device_kind,
-        "steps": arguments.steps,
-        "losses": {name: np.round(means(x, width), 4).tolist() for name, x in losses.items()},
-        "gradients": {name: {"distance": x, "other choices": y} for name, (x, y) in differences.items()},
-        "table": lines,
-    }
-    (arguments.output / "fp8.json").write_text(json.dumps(content))
-    draw(losses, f"{content['date']}, JAX {content['jax']}, {content['device']}").savefig(arguments.output / "fp8.png", dpi=120)
-    console.print("\n".join(lines), highlight=False, soft_wrap=True)
+        for variant, losses in track(zip(VARIANTS, found, strict=True), "training", len(VARIANTS), console=console):
+            content["losses"][variant.name] = np.round(means(losses, width), 5).tolist()
+            file.write_text(json.dumps(content))
+        content["gradients"] = comparison.result()
+    content["table"] = table(content)
+    file.write_text(json.dumps(content))
+    draw(content).savefig(arguments.output / "fp8.png", dpi=120)
+    console.print("\n".join(content["table"]), highlight=False, soft_wrap=True)
 
 
 def means(x: np.ndarray, width: int) -> np.ndarray:
@@ -304,34 +299,39 @@ def means(x: np.ndarray, width: int) -> np.ndarray:
     return x[:, : x.shape[1] // width * width].reshape(len(x), -1, width).mean(2)
 
 
-def table(losses: dict[str, np.ndarray], differences: dict[str, tuple[float, float]]) -> list[str]:
+def table(content: dict[str, Any]) -> list[str]:
     """Markdown: mean loss at the end, its difference from bfloat16 with the same seed (mean and extremes over seeds), and `compare`."""
-    late = {name: x[:, -max(x.shape[1] // 4, 1) :].mean(1) for name, x in losses.items()}
+    late = {name: last_quarter(np.array(losses)) for name, losses in content["losses"].items()}
     noise = float(np.std(late["bfloat16"], ddof=1)) if len(late["bfloat16"]) > 1 else float("nan")
     lines = [
         "| experts | loss at the end | less that of bfloat16, same seed | least to most | gradients off by | other choices |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, x in late.items():
-        change, (off, other) = x - late["bfloat16"], differences[name]
+        change, (off, other) = x - late["bfloat16"], content["gradients"][name]
         of_seeds = f"{change.mean():+.4f} | {change.min():+.4f} to {change.max():+.4f}"
         lines.append(f"| {name} | {x.mean():.4f} | {of_seeds} | {100 * off:.1f} % | {100 * other:.1f} % |")
     return [*lines, "", f"Standard deviation of bfloat16 over seeds: {noise:.4f}."]
 
 
-def draw(losses: dict[str, np.ndarray], title: str) -> Figure:
-    figure = Figure(figsize=(9, 4), layout="constrained")
+def last_quarter(losses: np.ndarray) -> np.ndarray:
+    """Mean of each seed."""
+    return losses[:, -max(losses.shape[1] // 4, 1) :].mean(1)
+
+
+def draw(content: dict[str, Any]) -> Figure:
+    """Differences from bfloat16 with the same seed: mean and extremes over seeds."""
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss less that of bfloat16 (nats per byte)")
-    axes.set_title(title, fontsize=9)
+    axes.set_title(f"{content['date']}, JAX {content['jax']}, {content['device']}", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
-    width = max(losses["bfloat16"].shape[1] // 20, 1)
-    kernel = np.ones(width) / width
-    for number, (name, x) in enumerate(losses.items()):
+    exact = np.array(content["losses"]["bfloat16"])
+    steps = (np.arange(exact.shape[1]) + 1) * content["steps"] / exact.shape[1]
+    for number, (name, losses) in enumerate(content["losses"].items()):
         if name == "bfloat16":
             axes.axhline(0, color="0.5", linewidth=0.8, label=name)
             continue
-        change = np.stack([np.convolve(row, kernel, "valid") for row in x - losses["bfloat16"]])
-        steps = np.arange(change.shape[1]) + width
+        change = np.array(losses) - exact
         axes.plot(steps, change.mean(0), color=f"C{number}", label=name)
         axes.fill_between(steps, change.min(0), change.max(0), color=f"C{number}", alpha=0.12, linewidth=0)
     axes.set_yscale("symlog", linthresh=0.02)

@@ -77,6 +77,11 @@ class LoopConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigError(f"LoopConfig.{name}={value!r} must be positive.")
+        if self.profile_steps is not None and not 1 <= self.profile_steps[0] <= self.profile_steps[1] <= self.steps:
+            raise ConfigError(
+                f"LoopConfig.profile_steps={tuple(self.profile_steps)} must be a first and a last step within 1..{self.steps}; None traces "
+                "nothing."
+            )
         if self.checkpoint_seconds is not None and jax.process_count() > 1:
             raise ConfigError(
                 f"LoopConfig.checkpoint_seconds={self.checkpoint_seconds!r} works with one process only, since the clocks of "

@@ -26,8 +26,10 @@ def test_the_recipe_learns_as_bfloat16_does(losses):
     assert not np.array_equal(recipe, exact)
 
 
-def test_a_table_has_every_variant(losses):
-    lines = fp8_ablation.table(losses, dict.fromkeys(losses, (0.5, 0.25)))
+def test_the_table_and_the_picture_have_every_variant(losses, tmp_path):
+    content = {"losses": losses, "gradients": dict.fromkeys(losses, (0.5, 0.25)), "steps": STEPS, "date": "", "jax": "", "device": ""}
     late = {name: x[:, -6:].mean() for name, x in losses.items()}
-    for line, (name, loss) in zip(lines[2:], late.items(), strict=False):
+    for line, (name, loss) in zip(fp8_ablation.table(content)[2:], late.items(), strict=False):
         assert line.startswith(f"| {name} | {loss:.4f} | {loss - late['bfloat16']:+.4f} |") and line.endswith("| 50.0 % | 25.0 % |")
+    figure = fp8_ablation.draw(content)
+    assert figure.axes[0].get_legend_handles_labels()[1] == list(losses)

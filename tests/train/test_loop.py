@@ -429,10 +429,16 @@ def test_an_unwritable_workdir_is_named_before_anything_runs(tmp_path):
     assert b.asked == []
 
 
-@pytest.mark.parametrize("wrong", [dict(steps=0), dict(log_every=-1), dict(checkpoint_every=0), dict(hang_seconds=0), dict(prefetch=0)])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *(dict(steps=0), dict(log_every=-1), dict(checkpoint_every=0), dict(hang_seconds=0), dict(prefetch=0)),
+        *(dict(profile_steps=(0, 1)), dict(profile_steps=(1, 2))),
+    ],
+)
 def test_impossible_values_are_named(wrong):
     ((name, value),) = wrong.items()
-    with pytest.raises(ConfigError, match=f"LoopConfig.{name}={value}"):
+    with pytest.raises(ConfigError, match=re.escape(f"LoopConfig.{name}={value}")):
         LoopConfig(**{"steps": 1, **wrong})
 
 
