@@ -1,4 +1,4 @@
-"""Training with experts in FP8 is training: its loss falls as that of bfloat16 does. Without scales it is not."""
+"""Training with experts in FP8 is training: its loss falls as that of bfloat16 does."""
 
 import dataclasses
 
@@ -7,16 +7,15 @@ import pytest
 
 from tools import fp8_ablation
 
-STEPS = 24
+STEPS = 20
 
 
 @pytest.fixture(scope="module")
 def losses():
-    chosen = [variant for variant in fp8_ablation.VARIANTS if variant.name in ("bfloat16", "the recipe", "no scales")]
     small = dataclasses.replace(fp8_ablation.TEXT, num_hidden_layers=1, num_experts=8)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fp8_ablation, "TEXT", small)
-        return {variant.name: fp8_ablation.train(variant, fp8_ablation.corpus(), 1, STEPS)[0] for variant in chosen}
+        return {variant.name: fp8_ablation.train(variant, fp8_ablation.corpus(), 1, STEPS)[0] for variant in fp8_ablation.VARIANTS[:2]}
 
 
 def test_the_recipe_learns_as_bfloat16_does(losses):
@@ -26,9 +25,9 @@ def test_the_recipe_learns_as_bfloat16_does(losses):
     assert not np.array_equal(recipe, exact)
 
 
-def test_the_table_and_the_picture_have_every_variant(losses, tmp_path):
+def test_the_table_and_the_picture_have_every_variant(losses):
     content = {"losses": losses, "gradients": dict.fromkeys(losses, (0.5, 0.25)), "steps": STEPS, "date": "", "jax": "", "device": ""}
-    late = {name: x[:, -6:].mean() for name, x in losses.items()}
+    late = {name: x[:, -5:].mean() for name, x in losses.items()}
     for line, (name, loss) in zip(fp8_ablation.table(content)[2:], late.items(), strict=False):
         assert line.startswith(f"| {name} | {loss:.4f} | {loss - late['bfloat16']:+.4f} |") and line.endswith("| 50.0 % | 25.0 % |")
     figure = fp8_ablation.draw(content)
