@@ -171,7 +171,8 @@ def test_fp8_experts_in_one_tensor_go_both_ways_to_the_byte(fp8_layouts, mesh, l
     assert tensors("quantised") == tensors(layout)
 
 
-def test_processes_make_and_read_files_of_their_own(reference, tmp_path, monkeypatch):
+@pytest.mark.parametrize("size", [20_000, 300_000])  # in the smaller files a matrix and its scales are apart
+def test_processes_make_and_read_files_of_their_own(reference, tmp_path, monkeypatch, size):
     """Two processes, one after the other in this one: all is written once, and each reads what it writes."""
     read, plain = [], SafetensorsFile.read
 
@@ -183,7 +184,7 @@ def test_processes_make_and_read_files_of_their_own(reference, tmp_path, monkeyp
     monkeypatch.setattr(SafetensorsFile, "read", note)
     monkeypatch.setattr(stream, "_BOX", 4096)  # small beside a file, as always
     directory = reference / "tiny_fp8"
-    options = dict(like=open_checkpoint(directory), max_file_bytes=300_000, carry=directory)
+    options = dict(like=open_checkpoint(directory), max_file_bytes=size, carry=directory)
     source = source_of(directory)
     write_hf(source, source.config, tmp_path / "one", **options)
     alone, totals = sum(read), []
@@ -197,7 +198,8 @@ def test_processes_make_and_read_files_of_their_own(reference, tmp_path, monkeyp
         totals.append(sum(read))
         assert (tmp_path / "two" / "config.json").exists() == (process == 0)
     assert content(tmp_path / "two") == content(tmp_path / "one")
-    assert max(totals) < 0.7 * alone and sum(totals) < 1.25 * alone  # experts at the ends of files are read twice
+    if size == 300_000:
+        assert max(totals) < 0.7 * alone and sum(totals) < 1.25 * alone  # experts at the ends of files are read twice
 
 
 def test_an_interrupted_conversion_goes_on(reference, tmp_path):
