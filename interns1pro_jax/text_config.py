@@ -76,6 +76,7 @@ class LoraConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         check_positive("LoraConfig.rank", self.rank)
+        require(self.alpha > 0, f"LoraConfig.alpha={self.alpha} must be positive: adapters would change nothing.")
         require(self.attention or self.experts, "LoraConfig.attention=False and LoraConfig.experts=False leave nothing to train.")
 
     @property

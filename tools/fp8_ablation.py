@@ -335,6 +335,7 @@ def draw(content: dict[str, Any]) -> Figure:
         axes.plot(steps, change.mean(0), color=f"C{number}", label=name)
         axes.fill_between(steps, change.min(0), change.max(0), color=f"C{number}", alpha=0.12, linewidth=0)
     axes.set_yscale("symlog", linthresh=0.02)
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.legend(edgecolor="none", fontsize=8, ncols=2)
     return figure
 

@@ -38,7 +38,7 @@ class BatchWarmup:
         if list(self.tokens) != sorted(set(self.tokens)) or any(t <= 0 for t in self.tokens):
             raise ConfigError(f"BatchWarmup.tokens={list(self.tokens)} must be positive and ascend.")
         if list(self.factors) != sorted(set(self.factors)) or any(f <= 1 for f in self.factors):
-            raise ConfigError(f"BatchWarmup.factors={list(self.factors)} must be larger than 1, the first one, and ascend.")
+            raise ConfigError(f"BatchWarmup.factors={list(self.factors)} must begin above 1 and ascend.")
 
     def plan(self, batch_tokens: int) -> BatchPlan:
         """The plan for pipeline batches of `batch_tokens` tokens."""

@@ -52,7 +52,7 @@ class StepConfig:
                 raise ConfigError(f"StepConfig.{name}={getattr(self, name)} must be at least 1; 1 does not divide.")
         if self.noise_scale and self.microbatches == 1:
             raise ConfigError(
-                f"StepConfig.noise_scale=True needs microbatches={self.microbatches} to be 2 or more: it compares their gradients."
+                f"StepConfig.noise_scale=True compares the gradients of microbatches, and microbatches={self.microbatches}; set 2 or more."
             )
         if self.gradient_dtype not in _GRADIENT_DTYPES:
             raise ConfigError(

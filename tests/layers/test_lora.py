@@ -4,9 +4,10 @@ import dataclasses
 
 import jax
 import numpy as np
+import pytest
 from flax import nnx
 
-from interns1pro_jax.config import LoraConfig
+from interns1pro_jax.config import ConfigError, LoraConfig
 from interns1pro_jax.layers.lora import merged, trained_kind
 from interns1pro_jax.models.inputs import Batch
 from interns1pro_jax.models.interns1pro import InternS1Pro, create_model
@@ -55,3 +56,9 @@ def test_a_step_trains_adapters_alone_and_merged_equals_unmerged():
         np.testing.assert_allclose(
             loss(model, place_batch(batch())), loss(nnx.merge(graph, state.params, state.buffers), place_batch(batch())), rtol=1e-5
         )
+
+
+@pytest.mark.parametrize("wrong", [dict(rank=0), dict(alpha=0.0), dict(attention=False, experts=False)])
+def test_adapters_that_change_nothing_are_refused(wrong):
+    with pytest.raises(ConfigError, match=f"LoraConfig.{next(iter(wrong))}={next(iter(wrong.values()))}"):
+        LoraConfig(**wrong)
