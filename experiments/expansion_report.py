@@ -23,7 +23,7 @@ from interns1pro_jax.train.metrics import read_records, replace
 BASE, UNEXPANDED, INITIAL = "base", "unexpanded", "initial.json"
 _PACKAGES = ("jax", "flax", "optax", "numpy")
 _BELOW = {
-    "device_load_max": "rows of the fullest of 8 devices, relative to the mean",
+    "device_load_max": "fullest of 8 devices, relative to the mean",
     "weights_cosine": "cosine of copies' weights",
     "router_overlap": "tokens that copies share (Jaccard)",
     "output_difference": "difference of copies' outputs",
