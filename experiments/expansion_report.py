@@ -17,7 +17,6 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from interns1pro_jax.checkpoint.safetensors_writer import write_json
 from interns1pro_jax.train.metrics import read_records, replace
 
 BASE, UNEXPANDED, INITIAL = "base", "unexpanded", "initial.json"
@@ -50,7 +49,7 @@ def write(workdir: Path) -> None:
     versions = {name: metadata.version(name) for name in _PACKAGES} | {"python": platform.python_version()}
     facts = {"date": datetime.now(UTC).date().isoformat(), "device": jax.devices()[0].device_kind, "versions": versions}
     facts |= {"last_fifth_of_base_gains": {seed: gain_of_last_fifth(run) for seed, run in base.items() if run}}
-    write_json(workdir / "study.json", facts | {"base": base, "arms": runs})
+    replace(workdir / "study.json", json.dumps(facts | {"base": base, "arms": runs}).encode())
     lines = table(runs)
     out = io.StringIO()
     csv.writer(out, lineterminator="\n").writerows(lines)
@@ -78,7 +77,7 @@ def curve(home: Path) -> dict[str, list[float | None]]:
 
 
 def _number(value: Any) -> float | None:
-    return None if value is None or not np.isfinite(value) else value
+    return None if value is None or not np.isfinite(value) else float(f"{value:.6g}")
 
 
 # Column of the tables: quantity, and which evaluation of a run (the first is right after the expansion).
