@@ -70,6 +70,7 @@ def compile_step(
             topology=mesh.topology,
             model=model,
             row=pipeline.row,
+            step=step,
             state=state,
             batch=batch,
         )

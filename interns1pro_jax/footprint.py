@@ -102,6 +102,7 @@ def footprint(
     parameter_bytes: int = 4,
     moment_bytes: int = 4,
     weight_bytes: int = 2,
+    remat: str = "full",
     moe_chunks: int = 1,
 ) -> Footprint | None:
     """The footprint of a task; None where the mesh cannot hold the model or the rows.
@@ -110,7 +111,7 @@ def footprint(
       length: tokens of a row, or of a sequence that is served.
       rows: of each group of devices that share a row (`context` of them), or sequences per device that are served or rolled out.
       parameter_bytes: of trained parameters and their gradients; moment_bytes: of each of AdamW's moments.
-      moe_chunks: parts in which tokens go through the experts.
+      remat, moe_chunks: what the backward finds of a block (`layers.decoder.REMAT`), and the parts in which tokens go through the experts.
       weight_bytes: of frozen and served weights (2: bfloat16, 1: FP8).
 
     Raises:
@@ -136,7 +137,7 @@ def footprint(
     else:
         trained = parameter_bytes * parameters
         memory = {"parameters": trained, "optimizer": 2 * moment_bytes * parameters, "gradients": trained}
-    step = {"kept": text.num_hidden_layers * tokens * text.hidden_size * 2, "working": working_bytes(text, mesh, tokens, moe_chunks)}
+    step = {"kept": kept_bytes(text, tokens, remat), "working": working_bytes(text, mesh, tokens, moe_chunks)}
     seconds, bound = train_seconds(text, hardware, mesh, length, tokens, frozen=task == "lora")
     if task == "rl":
         # Rollout and training take turns: the transients of the one are free while the other runs.
@@ -153,6 +154,17 @@ def footprint(
 def cache_bytes(text: TextConfig) -> int:
     """Bytes of keys and values of one token, all layers, in bfloat16."""
     return 2 * 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
+
+
+def kept_bytes(text: TextConfig, tokens: int, remat: str) -> int:
+    """Bytes of what the forward pass keeps of all layers for the backward, of `tokens` in bfloat16, under a policy of
+    `layers.decoder.REMAT` (of one that keeps more than results and operands of attention, the inputs of the layers only).
+    """
+    queries, keys = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
+    results = 2 * queries + 4 * text.num_attention_heads  # and the logarithms of the softmax's sums
+    more = {"attention": results, "attention_operands": results + 2 * (queries + 2 * keys)}.get(remat, 0)
+    inputs = 0 if remat.startswith("offload") else 2 * text.hidden_size
+    return text.num_hidden_layers * tokens * (inputs + more)
 
 
 def working_bytes(text: TextConfig, mesh: MeshConfig, tokens: int, moe_chunks: int = 1) -> int:

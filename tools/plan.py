@@ -86,11 +86,13 @@ def recipes() -> Table:
         model, mesh, optimizer = (gin.get_configurable(name)() for name in ("ModelConfig", "MeshConfig", "OptimizerConfig"))
         if mesh.topology is None:
             continue
-        pipeline, hardware = gin.get_configurable("PipelineConfig")(), hardware_of(mesh.topology)
+        pipeline, step = gin.get_configurable("PipelineConfig")(), gin.get_configurable("StepConfig")()
+        hardware = hardware_of(mesh.topology)
         sizes = {
             "parameter_bytes": jax.numpy.dtype(model.text.param_dtype).itemsize,
             "moment_bytes": jax.numpy.dtype(optimizer.moment_dtype).itemsize,
-            "moe_chunks": gin.get_configurable("StepConfig")().moe_chunks,
+            "remat": step.remat,
+            "moe_chunks": step.moe_chunks,
         }
         rows = pipeline.batch_size * mesh.context // mesh.size
         found = footprint("train", model, hardware, mesh, pipeline.row.tokens, rows, **sizes)

@@ -83,7 +83,7 @@ class LayerInputs:
     """Optional per-layer inputs of a run, with a leading layer axis: recorded routing and gradient probes (`layers.router`)."""
 
     replay_BTGC: Int[Array, "L B T G C"] | None = None
-    probe: Float[Array, " L"] | None = None
+    probe_R: Float[Array, "L R"] | None = None
 
 
 class DecoderBlock(nnx.Module):
@@ -120,7 +120,7 @@ class DecoderBlock(nnx.Module):
                 h,
                 valid_BT=context.segment_ids > 0,
                 replay_BTGC=inputs.replay_BTGC,
-                probe=inputs.probe,
+                probe_R=inputs.probe_R,
                 experts=experts,
                 chunks=moe_chunks,
             )

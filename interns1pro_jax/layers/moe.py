@@ -67,13 +67,13 @@ class Moe(nnx.Module):
         *,
         valid_BT: Bool[Array, "B T"],
         replay_BTGC: Int[Array, "B T G C"] | None = None,
-        probe: Float[Array, ""] | None = None,
+        probe_R: Float[Array, " R"] | None = None,
         experts: ExpertStack | None = None,
         chunks: int = 1,
     ) -> tuple[Float[Array, "B T D"], Routing, RouterStats, Float[Array, "B T E"]]:
         """Returns the layer's output, and the router's routing, statistics and logits. Arguments as in `Router`; `experts`
         replaces the layer's own weights by a stack of which one layer is used, `chunks` as in `expert_parallel_mlp`."""
-        routing, stats, logits = self.router(x_BTD, valid_BT=valid_BT, replay_BTGC=replay_BTGC, probe=probe)
+        routing, stats, logits = self.router(x_BTD, valid_BT=valid_BT, replay_BTGC=replay_BTGC, probe_R=probe_R)
         if experts is None:
             experts = ExpertStack(self.wi_EDF[...][None], self.wo_EFD[...][None], jnp.int32(0))
         adapters, products = self.lora, EXPERT_PRODUCTS[self.config.expert_products]

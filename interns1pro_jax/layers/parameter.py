@@ -51,3 +51,8 @@ def parameter(
     sharding.check_divisible("parameter", shape, dims)
     spec = sharding.spec(*dims)
     return kind(initializer(rngs.params(), tuple(shape), jnp.dtype(dtype), out_sharding=spec), out_sharding=spec)
+
+
+def gathered(w: nnx.Variable, dtype: jnp.dtype) -> jax.Array:
+    """The whole parameter on every device, in the compute dtype; its gradient returns to the parameter's own sharding."""
+    return jax.sharding.reshard(w[...].astype(dtype), PartitionSpec())

@@ -28,6 +28,11 @@ from pallas_kernels.routing_reference import route_reference, straight_through
 NOT_RECORDED = 255  # in recorded routing: this token's experts are not known; groups of more experts record in uint16
 
 
+def _devices() -> tuple[str, ...]:
+    """The mesh axes that split tokens."""
+    return sharding.RULES["batch"] + sharding.RULES["sequence"]
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Routing:
@@ -49,7 +54,7 @@ class Routing:
     def specs() -> Routing:
         """How its arrays are split over the mesh."""
         slots = sharding.spec("batch", "sequence", None, None)
-        chunks = PartitionSpec(sharding.RULES["batch"] + sharding.RULES["sequence"], None)
+        chunks = PartitionSpec(_devices(), None)
         return Routing(slots, slots, slots, chunks)  # type: ignore[arg-type]
 
 
@@ -95,7 +100,7 @@ class Router(nnx.Module):
         self.kernel_DE = parameter(rngs, normal(config.initializer_range), shape, ("embed", None), config.param_dtype)
 
     def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T E"]:
-        return project("btd,de->bte", x_BTD.astype(jnp.float32), self.kernel_DE[...], jax.lax.Precision.HIGHEST)
+        return project("btd,de->bte", x_BTD, self.kernel_DE[...], float32=True)
 
     def __call__(
         self,
@@ -103,7 +108,7 @@ class Router(nnx.Module):
         *,
         valid_BT: Bool[Array, "B T"],
         replay_BTGC: Int[Array, "B T G C"] | None = None,
-        probe: Float[Array, ""] | None = None,
+        probe_R: Float[Array, " R"] | None = None,
     ) -> tuple[Routing, RouterStats, Float[Array, "B T E"]]:
         """Routes tokens.
 
@@ -112,7 +117,7 @@ class Router(nnx.Module):
           valid_BT: tokens that count in the statistics (padding is routed, but not counted).
           replay_BTGC: recorded in-group ids to use instead of the winners; weights and gradients are taken at these ids. An id
             that is no expert of a group (`NOT_RECORDED`) leaves the choice to the router.
-          probe: see `observe_unselected`.
+          probe_R: zeros of `probes`, whose gradient is what `observe_unselected` says of the tokens of each device.
 
         Returns:
           routing, statistics, and the logits.
@@ -123,7 +128,7 @@ class Router(nnx.Module):
         routing = route_tokens(
             logits,
             replay_BTGC,
-            probe if estimated else None,
+            probe_R if estimated else None,
             groups=cfg.router_n_groups,
             chosen=cfg.experts_per_group_per_token,
             temperature=cfg.router.temperature if estimated else 1.0,
@@ -135,31 +140,38 @@ class Router(nnx.Module):
         return dataclasses.replace(routing, weights_BTGC=weights), _stats(logits, routing.ids_BTGC, valid_BT), logits
 
 
+def probes(layers: int) -> Float[Array, "L R"]:
+    """Zeros, one for each layer and device that routes tokens, split over these: what is seen through them is summed after all layers,
+    where no layer waits for it."""
+    return jnp.zeros((layers, sharding.axis_size(*_devices())), jnp.float32, out_sharding=PartitionSpec(None, _devices()))
+
+
 def route_tokens(
     logits_BTE: Float[Array, "B T E"],
     replay_BTGC: Int[Array, "B T G C"] | None = None,
-    probe: Float[Array, ""] | None = None,
+    probe_R: Float[Array, " R"] | None = None,
     *,
     groups: int,
     chosen: int,
     temperature: float = 1.0,
 ) -> Routing:
-    """Each device routes its own tokens; the weights are probabilities. Arguments as in `pallas_kernels.routing.route`."""
+    """Each device routes its own tokens; the weights are probabilities. Arguments as in `pallas_kernels.routing.route`,
+    with a `probe` for each device."""
     specs = Routing.specs()
     if replay_BTGC is not None:
         replay_BTGC = sharding.constrain(replay_BTGC, "batch", "sequence", None, None)
     return jax.shard_map(
         partial(_local_route, groups=groups, chosen=chosen, temperature=temperature),
-        in_specs=(sharding.spec("batch", "sequence", None), specs.ids_BTGC, PartitionSpec()),
+        in_specs=(sharding.spec("batch", "sequence", None), specs.ids_BTGC, PartitionSpec(_devices())),
         out_specs=specs,
-    )(sharding.constrain(logits_BTE, "batch", "sequence", None), replay_BTGC, probe)
+    )(sharding.constrain(logits_BTE, "batch", "sequence", None), replay_BTGC, probe_R)
 
 
-def _local_route(logits_BTE, replay_BTGC, probe, **options):
+def _local_route(logits_BTE, replay_BTGC, probe_R, **options):
     batch = logits_BTE.shape[:2]
     axes = varying_axes(logits_BTE)
     logits_TE, replay_TGC = jax.tree.map(lambda x: as_varying(x.reshape(-1, *x.shape[2:]), axes), (logits_BTE, replay_BTGC))
-    probe = jax.tree.map(lambda x: as_varying(x, axes), probe)
+    probe = None if probe_R is None else probe_R.reshape(())
     by_kernel = current_chip() and takes(logits_TE.shape[-1], options["groups"])
     routes = (route if by_kernel else route_reference)(logits_TE, replay_TGC, probe, **options)
     ids, probs, ranks = (x.reshape(*batch, *x.shape[1:]) for x in (routes.ids_TGC, routes.probs_TGC, routes.ranks_TGC))

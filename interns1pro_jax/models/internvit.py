@@ -15,9 +15,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from interns1pro_jax.config import ConfigError
-from interns1pro_jax.layers.parameter import Initializer, normal, ones, parameter, zeros
+from interns1pro_jax.layers.parameter import Initializer, gathered, normal, ones, parameter, zeros
 from interns1pro_jax.models.inputs import VisionInputs
-from interns1pro_jax.models.vision import gathered, gelu
+from interns1pro_jax.models.vision import gelu
 from interns1pro_jax.ops.attention import dot_product_attention
 from interns1pro_jax.ops.norm import layer_norm, rms_norm
 from interns1pro_jax.tower_config import InternVitConfig

@@ -126,7 +126,7 @@ class TextModel(nnx.Module):
         *,
         cache: KVCache | None = None,
         replay_LBTGC: Int[Array, "L B T G C"] | None = None,
-        probe_L: Float[Array, " L"] | None = None,
+        probe_LR: Float[Array, "L R"] | None = None,
         remat: str = "none",
         moe_chunks: int = 1,
         trace: bool = False,
@@ -139,8 +139,8 @@ class TextModel(nnx.Module):
           segment_ids_BT: document of each token, 0 for padding.
           cache: keys and values of earlier tokens; this pass's tokens are appended. If they no longer fit, the output is NaN.
           replay_LBTGC: recorded routing of every MoE layer.
-          probe_L: zeros, one for each MoE layer; their gradient is the squared straight-through gradient outside the chosen
-            experts (`layers.router.observe_unselected`).
+          probe_LR: `layers.router.probes`; their gradient is the squared straight-through gradient outside the chosen experts of
+            each MoE layer, for the tokens of each device.
           remat: what the backward keeps of a block (`layers.decoder.REMAT`).
           moe_chunks: parts in which a device's tokens go through the experts (`layers.moe.expert_parallel_mlp`).
           trace: also return the intermediate values of every block.
@@ -172,7 +172,7 @@ class TextModel(nnx.Module):
             inputs = LayerInputs()
             if moe:
                 picked = slice(moe_layers, moe_layers + count)
-                inputs = LayerInputs(*(None if x is None else x[picked] for x in (replay_LBTGC, probe_L)))
+                inputs = LayerInputs(*(None if x is None else x[picked] for x in (replay_LBTGC, probe_LR)))
                 moe_layers += count
             if cache is None:
                 x_BTD, out = run_blocks(self.runs[index], x_BTD, context, inputs, remat=remat, moe_chunks=moe_chunks, trace=trace)

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from interns1pro_jax.config import TimeSeriesConfig
-from interns1pro_jax.layers.parameter import normal, ones, parameter, zeros
+from interns1pro_jax.layers.parameter import gathered, normal, ones, parameter, zeros
 from interns1pro_jax.models.inputs import TimeSeriesInputs
 from interns1pro_jax.ops.attention import chunked_attention, dot_product_attention
 from interns1pro_jax.ops.norm import layer_norm
@@ -288,7 +288,7 @@ class TimeSeriesTower(nnx.Module):
         x_PID = _linear("pie,ed->pid", pairs_PIE.astype(self.config.dtype), self.adapt_in_ED, self.adapt_in_bias_D)
         x_PIE = _gelu(_linear("pixd,xde->pie", _with_neighbours(x_PID, ids_PI), self.conv1_XDE, self.conv1_bias_E))
         x_PTE = _gelu(_linear("ptxd,xde->pte", _with_neighbours(x_PIE, ids_PI)[:, ::2], self.conv2_XEE, self.conv2_bias_E))
-        x_PTD = x_PTE + self._positions(inputs.pair_position[:, ::2] // 2).astype(x_PTE.dtype)
+        x_PTD = x_PTE + self._positions(inputs.pair_position[:, ::2] // 2, x_PTE.dtype)
 
         graph, stack = nnx.split(self.layers)
 
@@ -302,7 +302,7 @@ class TimeSeriesTower(nnx.Module):
         output = jnp.where(ids_PT[..., None] > 0, self.projector(encoded_PTE), 0)
         return (output, dict(subsampled=pairs_PIE, layers=layers, encoder=encoded_PTE)) if trace else output
 
-    def _positions(self, index_PT: Int[Array, "P T"]) -> Float[Array, "P T D"]:
+    def _positions(self, index_PT: Int[Array, "P T"], dtype: jnp.dtype) -> Float[Array, "P T D"]:
         """Learned positions; zero beyond the table's end."""
         split = PartitionSpec(jax.typeof(index_PT).sharding.spec[0], None, None)
-        return self.position_ND[...].at[index_PT].get(mode="fill", fill_value=0, out_sharding=split)
+        return gathered(self.position_ND, dtype).at[index_PT].get(mode="fill", fill_value=0, out_sharding=split)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from interns1pro_jax import sharding
 from interns1pro_jax.config import ConfigError, VisionConfig
-from interns1pro_jax.layers.parameter import normal, ones, parameter, zeros
+from interns1pro_jax.layers.parameter import gathered, normal, ones, parameter, zeros
 from interns1pro_jax.models.inputs import VisionInputs
 from interns1pro_jax.ops import context
 from interns1pro_jax.ops.attention import dot_product_attention
@@ -188,11 +188,6 @@ def _whole(embeddings_PnD: Array) -> Array:
         return embeddings_PnD
     packs = jax.typeof(embeddings_PnD).sharding.spec[0]
     return jax.sharding.reshard(context.reading_order(embeddings_PnD), PartitionSpec(packs, None, None))
-
-
-def gathered(w: nnx.Variable, dtype: jnp.dtype) -> Array:
-    """The whole parameter on every device, in the compute dtype; its gradient returns to the parameter's own sharding."""
-    return jax.sharding.reshard(w[...].astype(dtype), PartitionSpec())
 
 
 def _interpolate(table_ND: Array, index_PI4: Array, weight_PI4: Array) -> Float[Array, "P I D"]:

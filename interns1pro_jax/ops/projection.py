@@ -8,6 +8,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from interns1pro_jax import sharding
+from interns1pro_jax.ops.float32_product import float32_product
 from interns1pro_jax.ops.varying import as_varying, varying_axes
 
 
@@ -30,17 +31,18 @@ def project(
     formula: str,
     x_BT: Float[Array, "B T *features"],
     weight: Float[Array, "*shape"],
-    precision: jax.lax.Precision | None = None,
+    float32: bool = False,
 ) -> Float[Array, "B T *results"]:
-    """`jnp.einsum(formula, x_BT, weight)` in the dtype of `x_BT`, split over batch and sequence; the weight, split in any way, is
-    gathered where it is used."""
+    """`jnp.einsum(formula, x_BT, weight)` in the dtype of `x_BT`, or exactly in `float32`, split over batch and sequence; the weight, split
+    in any way, is gathered where it is used."""
     x_BT = sharding.constrain(x_BT, "batch", "sequence", *(None,) * (x_BT.ndim - 2))
     x_spec, weight_spec = jax.typeof(x_BT).sharding.spec, jax.typeof(weight).sharding.spec
     rank = len(formula.partition("->")[2])
 
     def local(x: Array, weight: Array) -> Array:
         with jax.named_scope(formula):
-            return jnp.einsum(formula, x, gather_weight(weight, weight_spec, x.dtype, varying_axes(x)), precision=precision)
+            weight = gather_weight(weight, weight_spec, jnp.float32 if float32 else x.dtype, varying_axes(x))
+            return (float32_product if float32 else jnp.einsum)(formula, x, weight)
 
     out_spec = PartitionSpec(*x_spec[:2], *(None,) * (rank - 2))
     return jax.shard_map(local, in_specs=(x_spec, weight_spec), out_specs=out_spec)(x_BT, weight)

@@ -78,7 +78,7 @@ def loss_function(
     model: InternS1Pro,
     batch: Batch,
     counts: Counts | None = None,
-    probe_L: Float[Array, " L"] | None = None,
+    probe_LR: Float[Array, "L R"] | None = None,
     *,
     objective: Objective = MEAN_OVER_TOKENS,
     remat: str = "none",
@@ -88,10 +88,10 @@ def loss_function(
 
     Args:
       counts: those of the whole batch where `batch` is a part of it; the values of the parts then add up to that of the whole.
-      probe_L, remat, moe_chunks: as in `TextModel`.
+      probe_LR, remat, moe_chunks: as in `TextModel`.
     """
     text = model.config.text
-    out = model(batch.inputs, probe_L=probe_L, remat=remat, moe_chunks=moe_chunks)
+    out = model(batch.inputs, probe_LR=probe_LR, remat=remat, moe_chunks=moe_chunks)
     weights_BT = label_weights(batch.labels, batch.inputs.segment_ids, objective.averaging)
     total, labels = cross_entropy(out.hidden_BTD, model.text.head_DV, batch.labels, weights_BT)
     counts = Counts.of(batch, objective) if counts is None else counts

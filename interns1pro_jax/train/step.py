@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from interns1pro_jax import sharding
 from interns1pro_jax.config import ConfigError, TextConfig
 from interns1pro_jax.layers.decoder import REMAT
+from interns1pro_jax.layers.router import probes
 from interns1pro_jax.models.inputs import Batch
 from interns1pro_jax.ops.losses import IGNORED, ordered_sums, token_log_probs
 from interns1pro_jax.optim.batch_warmup import noise_estimates
@@ -93,28 +94,28 @@ def make_train_step(
                 "parameters in bfloat16 cannot be trained with updates rounded to the nearest: most are smaller than their last bit. Set "
                 "param_dtype='float32' (and dtype='bfloat16' to compute in bfloat16), or OptimizerConfig.stochastic_rounding=True."
             )
-        counts, probe_L = Counts.of(batch, objective), jnp.zeros((config.num_moe_layers,), jnp.float32)
+        counts, probe_LR = Counts.of(batch, objective), probes(config.num_moe_layers)
 
-        def value(params: Any, probe_L: jax.Array, part: Batch, counts: Counts) -> tuple[jax.Array, Sums]:
+        def value(params: Any, probe_LR: jax.Array, part: Batch, counts: Counts) -> tuple[jax.Array, Sums]:
             model = nnx.merge(graphdef, params, state.buffers)
-            return loss_function(model, part, counts, probe_L, objective=objective, remat=remat, moe_chunks=moe_chunks)
+            return loss_function(model, part, counts, probe_LR, objective=objective, remat=remat, moe_chunks=moe_chunks)
 
         gradient = jax.value_and_grad(value, argnums=(0, 1), has_aux=True)
         if microbatches == 1:
-            (loss, sums), (grads, squares_L) = gradient(state.params, probe_L, batch, counts)
+            (loss, sums), (grads, squares_LR) = gradient(state.params, probe_LR, batch, counts)
         else:
             parts = split_batch(batch, microbatches)
             if config.num_moe_layers and counts_beforehand(config.router):
-                stats = jax.lax.map(lambda part: value(state.params, probe_L, part, counts)[1].stats, parts)
+                stats = jax.lax.map(lambda part: value(state.params, probe_LR, part, counts)[1].stats, parts)
                 counts = dataclasses.replace(counts, load_LE=stats.load_E.sum(0))
 
             def add_part(total: Any, part: Batch) -> tuple[Any, tuple[Sums, jax.Array]]:
-                (loss, sums), gradients = gradient(state.params, probe_L, part, counts)
+                (loss, sums), gradients = gradient(state.params, probe_LR, part, counts)
                 square = optax.tree.norm(gradients[0], squared=True) if step_config.noise_scale else jnp.float32(0)
                 return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, (loss, gradients)), (sums, square)
 
-            zeros = jnp.float32(0), (jax.tree.map(lambda p: jnp.zeros_like(p, step_config.gradient_dtype), state.params), probe_L)
-            (loss, (grads, squares_L)), (sums, squares) = jax.lax.scan(add_part, zeros, parts)
+            zeros = jnp.float32(0), (jax.tree.map(lambda p: jnp.zeros_like(p, step_config.gradient_dtype), state.params), probe_LR)
+            (loss, (grads, squares_LR)), (sums, squares) = jax.lax.scan(add_part, zeros, parts)
             sums = Sums(sums.loss.sum(), sums.labels.sum(), None if sums.stats is None else sums.stats.over_rows(0))
         metrics = metrics_of(config, sums)
         limits = faults.limits(state.history)
@@ -126,6 +127,7 @@ def make_train_step(
             true, variance = noise_estimates(microbatches**2 * squares.mean(), update.grad_norm**2, microbatches)
             metrics |= {"noise/true_gradient_square": true, "noise/gradient_variance": variance}
         if config.num_moe_layers:
+            squares_L = squares_LR.sum(1)
             metrics["router/unselected_grad"] = jnp.sqrt(squares_L)
             metrics["router/unselected_grad_norm"] = jnp.sqrt(squares_L.sum())
         return (

@@ -15,11 +15,13 @@ from jax.sharding import Mesh
 from interns1pro_jax.config import ModelConfig
 from interns1pro_jax.data.packing import RowSize
 from interns1pro_jax.flops import GIB, Hardware, text_flops, tower_flops
+from interns1pro_jax.footprint import kept_bytes
 from interns1pro_jax.models.inputs import Batch
 from interns1pro_jax.train import aot, hlo, hlo_cost
 from interns1pro_jax.train.aot import Program
 from interns1pro_jax.train.hlo import Collective
 from interns1pro_jax.train.state import TrainState
+from interns1pro_jax.train.step import StepConfig
 from interns1pro_jax.train.timeline import Player, Times
 
 SMALL = 2**20  # collectives of fewer bytes are counted together
@@ -33,7 +35,7 @@ class Memory:
       parameters, optimizer: the state that stays between steps, by its shardings.
       batch: inputs, and what else is given to the step.
       gradients: of all parameters, by their shardings, in the dtype of the parameters.
-      kept: the inputs of all layers, which the backward pass recomputes from.
+      kept: what the backward pass finds of all layers: their inputs, and what the rematerialisation policy keeps of attention.
       working: the rest of the temporaries: gathered weights, activations of a layer, logits.
       code: the program.
     """
@@ -74,7 +76,7 @@ class StepReport:
     """One training step on one device of a mesh.
 
     Attributes:
-      tokens: of the whole batch. length: of a row.
+      tokens: of the whole batch. length: of a row. remat, moe_chunks: of its `StepConfig`.
       text_flops, tower_flops: useful FLOPs of the step on all devices (`interns1pro_jax.flops`).
       product_flops, kernel_flops: FLOPs that a device computes, recomputation included.
       traffic: bytes that a device moves in HBM.
@@ -87,6 +89,8 @@ class StepReport:
     mesh: dict[str, int]
     tokens: int
     length: int
+    remat: str
+    moe_chunks: int
     memory: Memory
     hbm: int | None
     text_flops: float
@@ -167,6 +171,7 @@ def make_report(
     topology: str | None,
     model: ModelConfig,
     row: RowSize,
+    step: StepConfig,
     state: TrainState,
     batch: Batch,
 ) -> StepReport:
@@ -187,7 +192,9 @@ def make_report(
         mesh=dict(mesh.shape),
         tokens=rows * length,
         length=length,
-        memory=_memory(program, model, state, batch),
+        remat=step.remat,
+        moe_chunks=step.moe_chunks,
+        memory=_memory(program, model, step, state, batch),
         hbm=hardware.hbm if hardware else None,
         text_flops=3.0 * rows * length * text_flops(model.text, length),
         tower_flops=3.0 * rows * tower_flops(model, row),
@@ -215,10 +222,10 @@ def shard_bytes(tree: Any) -> int:
     return sum(size(x) for x in jax.tree.leaves(tree))
 
 
-def _memory(program: Program, model: ModelConfig, state: TrainState, batch: Batch) -> Memory:
+def _memory(program: Program, model: ModelConfig, step: StepConfig, state: TrainState, batch: Batch) -> Memory:
     parameters, optimizer = shard_bytes(state.params), shard_bytes(state.opt_state)
     tokens = shard_bytes(batch.labels) // batch.labels.dtype.itemsize
-    kept = model.text.num_hidden_layers * tokens * model.text.hidden_size * np.dtype(jax.numpy.dtype(model.text.dtype)).itemsize
+    kept = kept_bytes(model.text, tokens // step.microbatches, step.remat)
     resident = program.hbm - program.temporary - program.code
     return Memory(
         parameters=parameters,
