@@ -72,7 +72,7 @@ def attention(
     """Attention of queries over the keys of their segment, `[B, T, Q, H]`; products in the operands' dtype, softmax in float32.
 
     Args:
-      q_segment_BT, kv_segment_BS: a query sees keys of its own segment; 0 is padding, whose result is zero.
+      q_segment_BT, kv_segment_BS: a query sees keys of its own segment; 0 is padding, which sees padding.
       q_index_BT: where each query stands among the keys: key `q_index` is its own, of the same segment.
       causal: a query sees keys up to its own only.
       runs: equal parts of the queries that follow each other in the array but not in the row; no block spans two of them, which would
@@ -118,7 +118,7 @@ def attention(
     rows = len(q_BTQH)
     one_by_one = rows <= _UNROLLED
     out_BQTH = jnp.stack([row(tuple(x[i] for x in arrays)) for i in range(rows)]) if one_by_one else jax.lax.map(row, arrays)
-    return jnp.where((q_segment_BT > 0)[:, :, None, None], jnp.swapaxes(out_BQTH, 1, 2), 0)
+    return jnp.swapaxes(out_BQTH, 1, 2)
 
 
 def _block_sizes(queries: int, keys: int, tiling: Tiling) -> BlockSizes:

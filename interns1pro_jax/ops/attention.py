@@ -58,14 +58,15 @@ def dot_product_attention(
 
     Args:
       q_segment_ids, kv_segment_ids: a query sees keys of its own segment; 0 is padding, which sees and is seen by nothing. Those of
-        the keys are whole rows in reading order, whatever splits the keys.
+        the keys are whole rows in reading order, whatever splits the keys. (The kernel lets padding see padding: to blank its results
+        would be a pass over all of them, or slow down the product that follows.)
       q_index: where each query stands among the keys: key `q_index` is its own, of the same segment. Default 0, 1, ..., or where rows
         are split, what their order says.
       causal: a query sees the keys up to its own only.
       scale: factor on the scores; default H**-0.5.
 
     Returns:
-      Weighted values, split as the queries are; zero for padding.
+      Weighted values, split as the queries are; for padding zeros, or from the kernel a mean of the values of padding.
 
     Raises:
       ValueError: `q_index` for rows that are split.
