@@ -1,4 +1,4 @@
-"""A float32 product of bfloat16 rows by parts is as exact as float32, and so are its gradients, up to the rounding of that of the rows."""
+"""A float32 product of bfloat16 rows by parts is as exact as float32, and so are its gradients."""
 
 from functools import partial
 
