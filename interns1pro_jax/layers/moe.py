@@ -156,21 +156,18 @@ def _local_mlp(
             wi_a, wo_b = jax.lax.all_gather(wi_a, "fsdp", axis=1, tiled=True), jax.lax.all_gather(wo_b, "fsdp", axis=2, tiled=True)
         products = with_adapters(products, (wi_a, wi_b), (wo_a, wo_b), scale)
 
-    mlp = partial(_part_mlp, transposed=gathers, products=products, offset=offset)
-    parts = _routed(x_BTD.reshape(chunks, -1, d), routing, ranks, own_experts)
+    mlp = partial(_chunk_mlp, transposed=gathers, products=products, ranks=ranks, own_experts=own_experts, offset=offset)
+    per_token = (x.reshape(b * t, *x.shape[2:]) for x in (x_BTD, routing.ids_BTGC, routing.ranks_BTGC, routing.weights_BTGC))
+    tokens = *per_token, routing.counts_NE
     if chunks == 1:
-        return mlp(jax.tree.map(lambda x: x[0], parts), wis[0], wos[0]).reshape(b, t, d)
-    # By their place in the pairs; while one of a pair is computed, the other is on its way.
-    places = [jax.tree.map(lambda x, i=i: x[i::together], parts) for i in range(together)]
-    if together > 1:
-        # The few bytes of routing would wait for tokens that are on their way before them.
-        rows, destinations = jax.lax.optimization_barrier((places[1].x_PTD, places[0].dest_PNS))
-        places = [dataclasses.replace(places[0], dest_PNS=destinations), dataclasses.replace(places[1], x_PTD=rows)]
+        return mlp(tokens, wis[0], wos[0]).reshape(b, t, d)
 
-    def pair(places):
-        return jnp.stack([jax.checkpoint(mlp)(part, wi, wo) for part, wi, wo in zip(places, wis, wos, strict=True)])
+    def pair(parts):
+        # While one is computed, the other is on its way.
+        return jnp.stack([jax.checkpoint(mlp)(jax.tree.map(lambda x, i=i: x[i], parts), wis[i], wos[i]) for i in range(together)])
 
-    out = pair(jax.tree.map(lambda x: x[0], places)) if chunks == together else jax.lax.map(pair, places)
+    parts = jax.tree.map(lambda x: x.reshape(chunks // together, together, -1, *x.shape[1:]), tokens)
+    out = pair(jax.tree.map(lambda x: x[0], parts)) if chunks == together else jax.lax.map(pair, parts)
     return out.reshape(b, t, d)
 
 
@@ -193,50 +190,25 @@ def _scattered(chunks: int, _: None, gradients: tuple[jax.Array, ...]) -> tuple[
 _gathered.defvjp(lambda chunks, weight: (_gathered(chunks, weight), None), _scattered)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Parts:
-    """P parts of the tokens of a device, and where those of all R devices of the expert axis (N = R * T of a part) go here.
-
-    Attributes:
-      x_PTD: the device's own tokens.
-      dest_PNS, weights_PNS: row and weight of each slot at the S experts of each token that are this device's.
-      sizes_PG: rows of each of the device's experts.
-    """
-
-    x_PTD: Float[Array, "P T D"]
-    dest_PNS: Int[Array, "P N S"]
-    weights_PNS: Float[Array, "P N S"]
-    sizes_PG: Int[Array, "P G"]
-
-
-def _routed(x_PTD: jax.Array, routing: Routing, ranks: int, own_experts: int) -> _Parts:
-    """Tells the devices of the expert axis what comes to their experts, of all parts at once."""
-    parts = len(x_PTD)
-    per_token = (x.reshape(parts, -1, *x.shape[2:]) for x in (routing.ids_BTGC, routing.ranks_BTGC, routing.weights_BTGC))
-    ids_PTGC, ranks_PTGC, weights_PTGC = per_token
-    counts_PNE = routing.counts_NE.reshape(parts, -1, routing.counts_NE.shape[-1])
-    own_slots = ids_PTGC.shape[2] // ranks * ids_PTGC.shape[3]
-    with jax.named_scope("routing_all_gather"):
-        sizes_PRE = jax.lax.all_gather(counts_PNE.sum(1), "expert", axis=1)
-    rank = jax.lax.axis_index("expert")
-    dest_PTGC = jax.vmap(partial(destinations, device=rank))(ids_PTGC, ranks_PTGC, counts_PNE, sizes_PRE)
-    with jax.named_scope("routing_all_to_all"):
-        exchange = partial(jax.lax.all_to_all, axis_name="expert", split_axis=2, concat_axis=1, tiled=True)
-        dest_PNS, weights_PNS = (exchange(x).reshape(parts, -1, own_slots) for x in (dest_PTGC, weights_PTGC))
-    return _Parts(x_PTD, dest_PNS, weights_PNS, jax.lax.dynamic_slice_in_dim(sizes_PRE.sum(1), rank * own_experts, own_experts, 1))
-
-
-def _part_mlp(part: _Parts, wi, wo, *, transposed: bool, products: ExpertProducts, offset):
-    """One part of every device of the expert axis through the experts of this one, and back (without the axis P). `transposed` are the
-    matrices `wo`."""
+def _chunk_mlp(tokens, wi, wo, *, transposed: bool, products: ExpertProducts, ranks: int, own_experts: int, offset):
+    """Some tokens of every device of the expert axis through the experts of this one, and back; `tokens` are this device's, with
+    their routing. `transposed` are the matrices `wo`."""
+    x_TD, ids_TGC, ranks_TGC, weights_TGC, counts_NE = tokens
     wi, wo = wi.reshape(-1, *wi.shape[2:]), wo.reshape(-1, *wo.shape[2:])
+    own_slots = ids_TGC.shape[1] // ranks * ids_TGC.shape[2]
     with jax.named_scope("token_all_gather"):
-        x_ND = jax.lax.all_gather(part.x_PTD, "expert", tiled=True)
-    plan = make_plan(part.dest_PNS, part.sizes_PG)
+        x_ND = jax.lax.all_gather(x_TD, "expert", tiled=True)
+    with jax.named_scope("routing_all_gather"):
+        sizes_RE = jax.lax.all_gather(counts_NE.sum(0), "expert")
+    rank = jax.lax.axis_index("expert")
+    dest_TGC = destinations(ids_TGC, ranks_TGC, counts_NE, sizes_RE, rank)
+    with jax.named_scope("routing_all_to_all"):
+        exchange = partial(jax.lax.all_to_all, axis_name="expert", split_axis=1, concat_axis=0, tiled=True)
+        dest_NS, weights_NS = (exchange(x).reshape(-1, own_slots) for x in (dest_TGC, weights_TGC))
+    plan = make_plan(dest_NS, jax.lax.dynamic_slice_in_dim(sizes_RE.sum(0), rank * own_experts, own_experts))
 
     rows_MD = dispatch(x_ND, plan)
-    hidden_MF = products.swiglu(rows_MD, wi, permute_slots(part.weights_PNS, plan), plan.group_sizes_G, group_offset=offset)
+    hidden_MF = products.swiglu(rows_MD, wi, permute_slots(weights_NS, plan), plan.group_sizes_G, group_offset=offset)
     out_ND = combine(products.product(hidden_MF, wo, plan.group_sizes_G, transposed=transposed, group_offset=offset), plan)
     with jax.named_scope("token_reduce_scatter"):
         return jax.lax.psum_scatter(out_ND, "expert", tiled=True)
