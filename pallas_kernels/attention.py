@@ -1,4 +1,5 @@
-"""Attention on TPU: the splash kernel that comes with JAX, visiting only blocks of scores that the row's documents need.
+"""Attention on TPU: the splash kernels that come with JAX, visiting only blocks of scores that the row's documents need, and a kernel of
+our own for the gradients where a row's keys fit in vector memory.
 
 Splash computes the scores of a block of queries and a block of keys at a time, forward and backward, and takes from tables in scalar
 memory which blocks to visit. Its own tables come from a mask that is known when the program is traced. Here they are made on the
@@ -12,41 +13,50 @@ Letters: T queries, S keys, Q query heads, K key/value heads, H head width.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes, SegmentIds
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SplashAttentionKernel
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
-from pallas_kernels.chips import Chip
+from pallas_kernels.attention_gradient import HIDDEN, PARTLY, WHOLLY, attention_gradient, vmem_bytes
+from pallas_kernels.chips import CHIPS, MIB, Chip
 
 LANES = 128
 _UNROLLED = 4  # rows up to which there is no loop, whose body would have to copy what it reads, writes and keeps for the backward pass
 _MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
+Interpret = bool | pltpu.InterpretParams
 _NO_SEGMENT = jnp.iinfo(jnp.int32).max
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """Largest blocks of scores: queries, keys that are loaded together, and keys of one product; forward and backward.
+    """Largest blocks of scores.
 
     Attributes:
-      fused: key blocks of a row up to which one backward kernel gives all three gradients, with five products instead of seven. It
-        writes the queries' gradient once for each block of keys, so that long rows would take many times the memory of the queries.
+      forward, backward: of splash: queries, keys that are loaded together, and keys of one product.
+      gradient: of `attention_gradient`: queries, and keys of one product.
+      vmem: bytes of vector memory that `attention_gradient` may take; rows for which it would take more have splash's backward.
     """
 
     forward: tuple[int, int, int]
     backward: tuple[int, int, int]
-    fused: int = 4
+    gradient: tuple[int, int]
+    vmem: int
 
 
-# They compile within the vector memory that XLA gives a kernel by default (v5e, which is not compiled for, as v5p). Not tuned on a chip.
+# Splash's compile within the vector memory that XLA gives a kernel by default (v5e, which is not compiled for, as v5p). The blocks of the
+# gradients are those with the least cycles of compiled schedules for rows of 4,096 in documents of a thousand to four thousand tokens.
+# Not tuned on a chip.
 _TILINGS = {
-    "v5e": Tiling((1024, 1024, 512), (512, 1024, 512)),
-    "v5p": Tiling((1024, 1024, 512), (512, 1024, 512)),
-    "v6e": Tiling((1024, 2048, 512), (1024, 1024, 512)),
-    "tpu7x": Tiling((1024, 2048, 512), (1024, 1024, 512)),
+    "v5e": Tiling((1024, 1024, 512), (512, 1024, 512), (512, 512), CHIPS["v5e"].vmem - MIB),
+    "v5p": Tiling((1024, 1024, 512), (512, 1024, 512), (512, 512), CHIPS["v5p"].vmem - MIB),
+    "v6e": Tiling((1024, 2048, 512), (1024, 1024, 512), (1024, 512), CHIPS["v6e"].vmem - MIB),
+    "tpu7x": Tiling((1024, 2048, 512), (1024, 1024, 512), (1024, 512), CHIPS["tpu7x"].vmem - MIB),
 }
 
 
@@ -67,7 +77,7 @@ def attention(
     tiling: Tiling,
     runs: int = 1,
     name: str | None = None,
-    interpret: bool = False,
+    interpret: Interpret = False,
 ) -> jax.Array:
     """Attention of queries over the keys of their segment, `[B, T, Q, H]`; products in the operands' dtype, softmax in float32.
 
@@ -81,36 +91,15 @@ def attention(
 
     T / runs and S must be multiples of 128. Inside `jax.shard_map` it needs `check_vma=False`: splash does not type its results.
     """
-    T, S = q_BTQH.shape[1], k_BSKH.shape[1]
-    sizes = _block_sizes(T // runs, S, tiling)
+    plan = _plan(q_BTQH.shape[1] // runs, k_BSKH, tiling, causal, name, interpret)
     # Scores are scaled by way of the keys, which are fewer than the queries where heads are grouped.
     scaled = (k_BSKH.astype(jnp.float32) * scale).astype(k_BSKH.dtype)
 
     def row(arrays: tuple[jax.Array, ...]) -> jax.Array:
-        q_QTH, k_KSH, v_KSH, q_segment_T, kv_segment_S, q_index_T = arrays
-
-        def seen(queries: int | None, keys: int | None) -> jax.Array:
-            assert queries is not None and keys is not None
-            return _seen(q_segment_T, kv_segment_S, q_index_T, queries, keys, causal)
-
-        index = q_index_T if causal else None
-        forward = _by_keys(seen(sizes.block_q, sizes.block_kv), index)
-        kernel = SplashAttentionKernel(
-            forward,
-            None if sizes.use_fused_bwd_kernel else _by_keys(seen(sizes.block_q_dq, sizes.block_kv_dq), index),
-            _by_queries(seen(sizes.block_q_dkv, sizes.block_kv_dkv), index),
-            block_sizes=sizes,
-            is_mqa=False,
-            save_residuals=False,
-            mask_value=_MASKED,
-            attn_logits_soft_cap=None,
-            residual_checkpoint_name=name,
-            mask_function=_up_to_own if causal else None,
-            interpret=interpret,
-        )
-        out_QTH = kernel(q_QTH, k_KSH, v_KSH, segment_ids=SegmentIds(q_segment_T, kv_segment_S))
-        assert isinstance(out_QTH, jax.Array)  # no residuals
-        return out_QTH
+        if plan.gradient is None:
+            (out_QTH,) = _splash(plan, *arrays, residuals=False)
+            return out_QTH
+        return _attention(plan, *arrays)
 
     # Outside the loop over rows is all that need not be in it: what it keeps for the backward pass it copies.
     heads_first = (jnp.swapaxes(x, 1, 2) for x in (q_BTQH, scaled, v_BSKH))
@@ -121,26 +110,97 @@ def attention(
     return jnp.swapaxes(out_BQTH, 1, 2)
 
 
-def _block_sizes(queries: int, keys: int, tiling: Tiling) -> BlockSizes:
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """Blocks and options of a row; `gradient` are queries and keys of a block of `attention_gradient`, None where splash's are used."""
+
+    splash: BlockSizes
+    gradient: tuple[int, int] | None
+    causal: bool
+    name: str | None
+    interpret: Interpret
+
+
+def _plan(queries: int, k_BSKH: jax.Array, tiling: Tiling, causal: bool, name: str | None, interpret: Interpret) -> _Plan:
     """The tiling, with blocks no larger than the tiling's that divide the lengths."""
 
     def fit(length: int, most: int) -> int:
         return max(size for size in range(LANES, min(length, most) + 1, LANES) if length % size == 0)
 
-    (q, kv, compute), (q_grad, kv_grad, compute_grad) = tiling.forward, tiling.backward
-    kv, kv_grad = fit(keys, kv), fit(keys, kv_grad)
-    fused = keys // kv_grad <= tiling.fused
-    return BlockSizes(
-        block_q=fit(queries, q),
-        block_kv=kv,
-        block_kv_compute=fit(kv, compute),
-        block_q_dkv=fit(queries, q_grad),
-        block_kv_dkv=kv_grad,
-        block_kv_dkv_compute=fit(kv_grad, compute_grad),
-        block_q_dq=None if fused else fit(queries, q_grad),
-        block_kv_dq=None if fused else kv_grad,
-        use_fused_bwd_kernel=fused,
+    _, keys, _, width = k_BSKH.shape
+    q, kv, compute = tiling.forward
+    kv = fit(keys, kv)
+    sizes = BlockSizes(fit(queries, q), kv, fit(kv, compute))
+    gradient = fit(queries, tiling.gradient[0]), fit(keys, tiling.gradient[1])
+    if vmem_bytes(keys, width, k_BSKH.dtype.itemsize, *gradient) <= tiling.vmem:
+        return _Plan(sizes, gradient, causal, name, interpret)
+    q, kv, compute = tiling.backward
+    q, kv = fit(queries, q), fit(keys, kv)
+    sizes = dataclasses.replace(sizes, block_q_dkv=q, block_kv_dkv=kv, block_kv_dkv_compute=fit(kv, compute), block_q_dq=q, block_kv_dq=kv)
+    return _Plan(sizes, None, causal, name, interpret)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(plan: _Plan, *arrays: jax.Array) -> jax.Array:
+    (out_QTH,) = _splash(plan, *arrays, residuals=False)
+    return out_QTH
+
+
+def _forward(plan: _Plan, *arrays: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    out_QTH, log_z_QT = _splash(plan, *arrays, residuals=True)
+    if plan.name is not None:
+        out_QTH, log_z_QT = checkpoint_name(out_QTH, plan.name), checkpoint_name(log_z_QT, plan.name)
+    return out_QTH, (*arrays, out_QTH, log_z_QT)
+
+
+def _backward(plan: _Plan, saved: tuple[jax.Array, ...], grad_QTH: jax.Array) -> tuple[jax.Array | None, ...]:
+    q_QTH, k_KSH, v_KSH, q_segment_T, kv_segment_S, q_index_T, out_QTH, log_z_QT = saved
+    assert plan.gradient is not None
+    shift_QT = jnp.sum(grad_QTH.astype(jnp.float32) * out_QTH.astype(jnp.float32), -1)
+    # Padding sees nothing here, as by its definition: its weights could be of keys that the forward has not visited.
+    q_segment_T = jnp.where(q_segment_T > 0, q_segment_T, -1)
+    sight = _sight(q_segment_T, kv_segment_S, q_index_T, *plan.gradient, plan.causal)
+    gradients = attention_gradient(
+        q_QTH, k_KSH, v_KSH, grad_QTH, log_z_QT, shift_QT, q_segment_T, kv_segment_S, q_index_T, sight,
+        causal=plan.causal, interpret=plan.interpret,
+    )  # fmt: skip
+    return *gradients, None, None, None
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _splash(
+    plan: _Plan, q_QTH: jax.Array, k_KSH: jax.Array, v_KSH: jax.Array, q_segment_T: jax.Array, kv_segment_S: jax.Array,
+    q_index_T: jax.Array, *, residuals: bool,
+) -> tuple[jax.Array, ...]:  # fmt: skip
+    """The result and, as a residual, the logarithm of the softmax's denominator; differentiable if the blocks are there and no residual
+    is asked for."""
+    sizes, index = plan.splash, q_index_T if plan.causal else None
+
+    def seen(queries: int | None, keys: int | None) -> jax.Array:
+        assert queries is not None and keys is not None
+        return _seen(q_segment_T, kv_segment_S, q_index_T, queries, keys, plan.causal)
+
+    kernel = SplashAttentionKernel(
+        _by_keys(seen(sizes.block_q, sizes.block_kv), index),
+        _by_keys(seen(sizes.block_q_dq, sizes.block_kv_dq), index) if plan.gradient is None else None,
+        _by_queries(seen(sizes.block_q_dkv, sizes.block_kv_dkv), index) if plan.gradient is None else None,
+        block_sizes=sizes,
+        is_mqa=False,
+        save_residuals=residuals,
+        mask_value=_MASKED,
+        attn_logits_soft_cap=None,
+        # Otherwise the name is given where the residual is kept.
+        residual_checkpoint_name=plan.name if plan.gradient is None else None,
+        mask_function=_up_to_own if plan.causal else None,
+        interpret=plan.interpret,
     )
+    result = kernel(q_QTH, k_KSH, v_KSH, segment_ids=SegmentIds(q_segment_T, kv_segment_S))
+    if isinstance(result, jax.Array):
+        return (result,)
+    out_QTH, (log_z_QT,) = result
+    return out_QTH, log_z_QT
 
 
 def _up_to_own(q_index: jax.Array, kv_index: jax.Array) -> jax.Array:
@@ -150,23 +210,38 @@ def _up_to_own(q_index: jax.Array, kv_index: jax.Array) -> jax.Array:
 def _seen(q_segment_T: jax.Array, kv_segment_S: jax.Array, q_index_T: jax.Array, queries: int, keys: int, causal: bool) -> jax.Array:
     """Which blocks of `queries` x `keys` scores to visit, bool [T / queries, S / keys].
 
-    Blocks see each other if their ranges of segments overlap (padding left out) and the last query is not before the first key. A
-    block that holds a query's own key is always visited: then no softmax is empty, not even that of padding.
+    Besides those that may have a score that counts, a block that holds a query's own key is visited: then no softmax is empty, not even
+    that of padding.
     """
+    index = q_index_T.reshape(-1, queries)
+    start = jnp.arange(0, len(kv_segment_S), keys)
+    own = (start <= index.max(1)[:, None]) & (index.min(1)[:, None] < start + keys)
+    return _related(q_segment_T, kv_segment_S, q_index_T, queries, keys, causal) | own
+
+
+def _related(q_segment_T: jax.Array, kv_segment_S: jax.Array, q_index_T: jax.Array, queries: int, keys: int, causal: bool) -> jax.Array:
+    """Blocks whose ranges of segments overlap (padding left out) and whose last query is not before the first key."""
 
     def bounds(segment: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
         segment = segment.reshape(-1, size)
         return jnp.where(segment > 0, segment, _NO_SEGMENT).min(1), segment.max(1)
 
     (q_low, q_high), (kv_low, kv_high) = bounds(q_segment_T, queries), bounds(kv_segment_S, keys)
-    index = q_index_T.reshape(-1, queries)
-    first, last = index.min(1)[:, None], index.max(1)[:, None]
-    start = jnp.arange(0, len(kv_segment_S), keys)
-    seen = (q_low[:, None] <= kv_high) & (kv_low <= q_high[:, None])
+    related = (q_low[:, None] <= kv_high) & (kv_low <= q_high[:, None])
     if causal:
-        seen &= start <= last
-    own = (start <= last) & (first < start + keys)
-    return seen | own
+        related &= jnp.arange(0, len(kv_segment_S), keys) <= q_index_T.reshape(-1, queries).max(1)[:, None]
+    return related
+
+
+def _sight(q_segment_T: jax.Array, kv_segment_S: jax.Array, q_index_T: jax.Array, queries: int, keys: int, causal: bool) -> jax.Array:
+    """What `attention_gradient` is told of each block: all of one document and before all of its queries, it needs no mask."""
+    q_segment, kv_segment = q_segment_T.reshape(-1, queries), kv_segment_S.reshape(-1, keys)
+    one = (q_segment == q_segment[:, :1]).all(1)[:, None] & (kv_segment == kv_segment[:, :1]).all(1)
+    wholly = one & (q_segment[:, :1] == kv_segment[:, 0])
+    if causal:
+        wholly &= jnp.arange(keys - 1, len(kv_segment_S), keys) <= q_index_T.reshape(-1, queries).min(1)[:, None]
+    partly = _related(q_segment_T, kv_segment_S, q_index_T, queries, keys, causal)
+    return jnp.where(wholly, WHOLLY, jnp.where(partly, PARTLY, HIDDEN))
 
 
 def _following(seen: jax.Array, axis: int) -> jax.Array:

@@ -59,7 +59,7 @@ def dot_product_attention(
     Args:
       q_segment_ids, kv_segment_ids: a query sees keys of its own segment; 0 is padding, which sees and is seen by nothing. Those of
         the keys are whole rows in reading order, whatever splits the keys. (The kernel lets padding see padding: to blank its results
-        would be a pass over all of them, or slow down the product that follows.)
+        would be a pass over all of them, or slow down the product that follows. Nothing made of them may count in a loss.)
       q_index: where each query stands among the keys: key `q_index` is its own, of the same segment. Default 0, 1, ..., or where rows
         are split, what their order says.
       causal: a query sees the keys up to its own only.

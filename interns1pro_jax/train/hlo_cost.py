@@ -14,9 +14,10 @@ from pallas_kernels.permutation import WINDOW
 _KERNEL = re.compile(r'"cost_estimate":\{"flops":"(\d+)".*?"bytes_accessed":"(\d+)"')
 _OPERANDS = re.compile(r"operand_layout_constraints=\{((?:[^{}]|\{[^{}]*\})*)\}")
 _ARRAY = re.compile(r"\w+\[[\d,]*\]")
-# Products of a query block with a key block: scores and values; the backward computes the scores again and four gradients, in one kernel,
-# or in two that both compute scores and the gradient of the weights.
-_SPLASH = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 5}
+# Products of a query block with a key block: scores and values; the backward computes the scores again and four gradients, in two kernels
+# that both compute scores and the gradient of the weights.
+_SPLASH = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
+_ATTENTION_GRADIENT = "attention_gradient"  # of `pallas_kernels.attention_gradient`
 _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 # The kernels of `pallas_kernels.permutation`, which the scalar unit does number by number.
 _PERMUTATIONS = ("permute", "invert")
@@ -41,13 +42,11 @@ def kernel_cost(instruction: Instruction) -> KernelCost | None:
     if instruction.opcode != "custom-call":
         return None
     if found := _KERNEL.search(instruction.attributes):
-        return KernelCost(int(found[1]), int(found[2]))
+        return KernelCost(int(found[1]), int(found[2]), attention=_ATTENTION_GRADIENT in instruction.name)
     products = next((count for name, count in _SPLASH.items() if instruction.name.startswith(name)), None)
     operands = _OPERANDS.search(instruction.attributes)
     if products is None or operands is None:
         return None
-    if instruction.name.startswith("splash_mha_dkv") and not re.search(r"\[\d+,\d+,\d+,\d+\]", instruction.type):
-        products = 4  # without the queries' gradient, which has a part for each block of keys
     blocks, _, q, k, *_ = [shape_of(array) for array in _ARRAY.findall(operands[1])]
     (queries, length, width), keys = q, k[1]
     # Half of the scores are those of earlier tokens; blocks on the diagonal are computed whole, and the longer side of a block sets

@@ -12,6 +12,7 @@ from interns1pro_jax import sharding
 from interns1pro_jax.config import ModelConfig
 from interns1pro_jax.layers.attention import Attention, AttentionContext
 from interns1pro_jax.layers.decoder import REMAT
+from interns1pro_jax.ops.attention import dot_product_attention
 from interns1pro_jax.train import aot
 
 CONTEXT, LENGTH = 4, 8192
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.skipif(not aot.can_compile(), reason="compiling for TPU
 
 @pytest.fixture(scope="module")
 def compiled() -> aot.Program:
-    """Forward and backward of two layers over one row that four devices share; each layer is recomputed in full."""
+    """Forward and backward of two layers over one row that four devices share; each layer is recomputed but for the result of attention."""
     config = ModelConfig().text
     mesh = aot.pod_mesh("v5p:2x2x1", context=CONTEXT)
 
@@ -40,7 +41,7 @@ def compiled() -> aot.Program:
         x = abstract((1, LENGTH, config.hidden_size), jnp.bfloat16, "batch", "sequence", None)
 
         def loss(params, x, context):
-            x, _ = jax.lax.scan(REMAT["full"](lambda x, p: (x + nnx.merge(graph, p)(x, context)[0], None)), x, params)
+            x, _ = jax.lax.scan(REMAT["attention"](lambda x, p: (x + nnx.merge(graph, p)(x, context)[0], None)), x, params)
             return jnp.sum(x.astype(jnp.float32) ** 2)
 
         return aot.compile_for(mesh, jax.grad(loss, argnums=(0, 1)), params, x, context)
@@ -57,8 +58,31 @@ def test_keys_and_values_are_gathered_and_nothing_else(compiled):
 
 def test_kernels_and_memory(compiled):
     kernels = [line for line in compiled.text.splitlines() if 'custom_call_target="tpu_custom_call"' in line]
-    names = [re.search(r"%(?:\w*?)(splash_mha_\w+?_|norm_and_rotary)", kernel)[1] for kernel in kernels]
-    assert sorted(names) == [*3 * ["norm_and_rotary"], "splash_mha_dkv_", "splash_mha_dq_", *2 * ["splash_mha_fwd_"]], kernels
+    names = [re.search(r"%(?:\w*?)(splash_mha_\w+?_|norm_and_rotary|attention_gradient)", kernel)[1] for kernel in kernels]
+    assert sorted(names) == ["attention_gradient", *3 * ["norm_and_rotary"], "splash_mha_fwd_"], kernels
     config = ModelConfig().text
     scores = LENGTH // CONTEXT * LENGTH * config.num_attention_heads * 2
     assert compiled.hbm < scores
+
+
+def test_the_longest_rows_that_stay_in_vector_memory():
+    """Rows for which the bound of the gradients' memory is within the chip's compile; twice as long ones have splash's backward. Here
+    on tpu7x, where the bound is closest."""
+    mesh = aot.pod_mesh("tpu7x:2x2x1", fsdp=8)
+
+    def kernels(length):
+        def abstract(heads):
+            shape, spec = (mesh.size, length, heads, 128), sharding.spec("batch", "sequence", None, None)
+            return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec))
+
+        ids = jax.ShapeDtypeStruct((mesh.size, length), jnp.int32, sharding=NamedSharding(mesh, sharding.spec("batch", "sequence")))
+
+        def loss(q, k, v, ids):
+            out = dot_product_attention(q, k, v, q_segment_ids=ids, kv_segment_ids=ids, causal=True)
+            return jnp.sum(out.astype(jnp.float32) ** 2)
+
+        with jax.set_mesh(mesh):
+            program = aot.compile_for(mesh, jax.grad(loss, argnums=(0, 1, 2)), abstract(4), abstract(2), abstract(2), ids)
+        return sum("%attention_gradient" in x.split("=")[0] for x in program.text.splitlines())
+
+    assert kernels(16384) == 1 and kernels(2 * 16384) == 0

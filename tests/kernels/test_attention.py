@@ -1,13 +1,17 @@
-"""Splash attention with tables from the row itself equals attention by its definition, and leaves out what no document needs."""
+"""Attention of TPUs, splash's forward and our gradients, equals attention by its definition, and leaves out what no document needs."""
+
+import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from interns1pro_jax.ops.attention import dot_product_attention_reference
 from pallas_kernels import attention
-from pallas_kernels.attention import Tiling
+from pallas_kernels.attention import HIDDEN, PARTLY, WHOLLY, Tiling
 
 S, Q, K, H = 512, 4, 2, 64
 SEGMENTS = np.array([0] * 10 + [1] * 190 + [2] * 200 + [3] * 50 + [0] * 62, np.int32)
@@ -25,30 +29,60 @@ def gradients(function, q, k, v, grad):
     return out, *pullback(grad)
 
 
-@pytest.mark.parametrize(("causal", "index", "fused"), [(True, SHARE, 0), (False, np.arange(S, dtype=np.int32), 4)], ids=["share", "row"])
-def test_equals_reference(causal, index, fused):
+ROW = np.arange(S, dtype=np.int32)
+# Blocks of 128 hold one document, several, or padding as well. With no memory for our gradients they are splash's.
+SHORT = Tiling((128, 256, 128), (128, 128, 128), (128, 128), 1 << 30)
+LONG = dataclasses.replace(SHORT, vmem=0)
+# Memory that nothing was written to holds no numbers, and what is read out of bounds is an error.
+EMULATED = pltpu.InterpretParams()
+
+
+def results(function, index, causal, dtype=jnp.float32, exact=False, padding=True):
+    """Output at valid queries and gradients of `function`, for operands of `dtype` or, `exact`, rounded to it.
+
+    With `padding`, its results have gradients, and keys of which weights could be of any size.
+    """
     q_segment, kv_segment, places = (jnp.asarray(x[None]) for x in (SEGMENTS[index], SEGMENTS, index))
-    tiling = Tiling((128, 256, 128), (128, 128, 128), fused)
-
-    def kernel(q, k, v):
-        return attention.attention(
-            q, k, v, q_segment, kv_segment, places, causal=causal, scale=H**-0.5, tiling=tiling, interpret=True
-        )  # fmt: skip
-
-    def reference(q, k, v):
-        return dot_product_attention_reference(
-            q, k, v, q_segment_ids=q_segment, kv_segment_ids=kv_segment, q_index=places, causal=causal
-        )  # fmt: skip
-
-    # Nothing that is made of padding counts in a loss.
-    q, k, v, grad = operands(index)
-    grad = jnp.where((q_segment > 0)[..., None, None], grad, 0)
-    (out, *got), (wanted_out, *wanted) = (jax.jit(lambda *x, f=f: gradients(f, *x))(q, k, v, grad) for f in (kernel, reference))
-    valid = SEGMENTS[index] > 0
-    np.testing.assert_allclose(out[0, valid], wanted_out[0, valid], atol=2e-5)
+    valid = (q_segment > 0)[..., None, None]
+    q, k, v, grad = (x.astype(dtype).astype(jnp.float32 if exact else dtype) for x in operands(index))
+    if padding:
+        k = jnp.where((kv_segment > 0)[..., None, None], k, 100 * k)
+    else:
+        grad = jnp.where(valid, grad, 0)
+    run = functools.partial(function, q_segment, kv_segment, places, causal)
+    out, *got = jax.jit(lambda *x: gradients(run, *x))(q, k, v, grad)
     assert np.isfinite(out).all()
-    for x, y in zip(got, wanted, strict=True):
+    return [np.asarray(x, np.float32) for x in (jnp.where(valid, out, 0), *got)]
+
+
+def kernel(tiling, interpret, q_segment, kv_segment, places, causal, q, k, v):
+    return attention.attention(
+        q, k, v, q_segment, kv_segment, places, causal=causal, scale=H**-0.5, tiling=tiling, interpret=interpret
+    )  # fmt: skip
+
+
+def reference(q_segment, kv_segment, places, causal, q, k, v):
+    return dot_product_attention_reference(
+        q, k, v, q_segment_ids=q_segment, kv_segment_ids=kv_segment, q_index=places, causal=causal
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("causal", "index", "tiling", "interpret"),
+    [(True, SHARE, LONG, True), (True, SHARE, SHORT, EMULATED), (False, ROW, SHORT, EMULATED)],
+    ids=["long", "share", "row"],
+)
+def test_equals_reference(causal, index, tiling, interpret):
+    got = results(functools.partial(kernel, tiling, interpret), index, causal, padding=tiling is SHORT)
+    for x, y in zip(got, results(reference, index, causal, padding=tiling is SHORT), strict=True):
         np.testing.assert_allclose(x, y, atol=2e-5)
+
+
+def test_rounds_as_the_operands_do():
+    """Gradients in bfloat16 are those of the same numbers in float32, but for the rounding of weights and results."""
+    got = results(functools.partial(kernel, SHORT, EMULATED), SHARE, True, jnp.bfloat16)
+    for x, y in zip(got, results(reference, SHARE, True, jnp.bfloat16, exact=True), strict=True):
+        assert np.linalg.norm(x - y) < 1e-2 * np.linalg.norm(y)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -61,6 +95,18 @@ def test_visits_the_blocks_of_the_documents_and_no_others(causal):
     needed = (scores | (np.arange(S) == index[:, None])).reshape(len(index) // 32, 32, S // 64, 64).any((1, 3))
     np.testing.assert_array_equal(seen, needed)
     assert needed.mean() < 0.5
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_gradients_know_what_they_see(causal):
+    """Blocks without a score that counts are left out; those are not masked whose scores all count."""
+    index = np.concatenate([SHARE[:64], SHARE[:64] + 192])
+    q_segment = np.where(SEGMENTS[index] > 0, SEGMENTS[index], -1)
+    sight = np.asarray(attention._sight(jnp.asarray(q_segment), jnp.asarray(SEGMENTS), jnp.asarray(index), 32, 32, causal))
+    scores = q_segment[:, None] == SEGMENTS
+    scores = (scores & (np.arange(S) <= index[:, None]) if causal else scores).reshape(len(index) // 32, 32, S // 32, 32)
+    np.testing.assert_array_equal(sight, np.where(scores.all((1, 3)), WHOLLY, np.where(scores.any((1, 3)), PARTLY, HIDDEN)))
+    assert {*sight.ravel()} == {HIDDEN, PARTLY, WHOLLY}
 
 
 def test_loads_the_next_block_that_is_visited():

@@ -118,3 +118,9 @@ def test_attention_kernels_cost_half_of_all_scores_and_the_diagonal():
   ROOT %splash_mha_fwd_residuals.1 = bf16[64,4096,128] custom-call(%a), operand_layout_constraints={{{operands}}}, backend_config={{}}
 }}"""
     assert hlo_cost.product_flops(hlo.computations(text)) == (0, 2 * 2 * 64 * 4096 * 4096 * 128 * 10 / 16)
+
+
+def test_gradients_of_attention_are_known_by_name():
+    text = TEXT.replace("%kernel", "%attention_gradient.3")
+    kernels = [cost for i in hlo.computations(text)["main"].values() if (cost := hlo_cost.kernel_cost(i))]
+    assert kernels == [hlo_cost.KernelCost(4_000_000, 1000, attention=True)]

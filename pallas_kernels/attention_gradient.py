@@ -1,0 +1,152 @@
+"""Gradients of attention on TPU in one kernel, for rows whose keys and values fit in vector memory.
+
+A key/value head's keys, values and their gradients stay in vector memory while the queries that share it pass, block by block; each
+block goes over the keys that it sees in chunks. So scores are computed once for all three gradients, in five products, no partial
+gradient goes to memory, and chunks may be as fine as the products allow: nothing is loaded or stored per chunk.
+
+Letters: T queries, S keys, Q query heads, K key/value heads, H head width; scores stand with keys before queries.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.shapes import full_precision, varying_like
+
+LANES = 128
+HIDDEN, PARTLY, WHOLLY = 0, 1, 2  # what queries of a block see of a chunk of keys
+_MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
+_BY_QUERIES = (((1,), (1,)), ((), ()))  # both sides by rows: x @ y.T
+
+
+def vmem_bytes(keys: int, width: int, itemsize: int, queries: int, chunk: int) -> int:
+    """Bound of the vector memory that the kernel takes for blocks of `queries` and chunks of `chunk` keys. Blocks of operands and results
+    are there twice; of scores there are up to two arrays, four where products of float32 take several of bfloat16."""
+    lanes = pl.cdiv(width, LANES) * LANES
+    per_key = 4 * 2 * lanes * itemsize + 2 * lanes * 4 + LANES * 4  # k, v and their gradients; sums of these; segments
+    per_query = 3 * 2 * lanes * itemsize + 2 * lanes * 4 + 4 * 2 * 8 * 4  # q and both gradients; sums, and these turned; numbers
+    return keys * per_key + queries * per_query + itemsize * queries * chunk * 4
+
+
+def attention_gradient(
+    q_QTH: jax.Array,
+    k_KSH: jax.Array,
+    v_KSH: jax.Array,
+    grad_QTH: jax.Array,
+    log_z_QT: jax.Array,
+    shift_QT: jax.Array,
+    q_segment_T: jax.Array,
+    kv_segment_S: jax.Array,
+    q_index_T: jax.Array,
+    sight: jax.Array,
+    *,
+    causal: bool,
+    interpret: bool | pltpu.InterpretParams = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients with respect to queries, keys and values, of their dtypes; products in the operands' dtype, the rest in float32.
+
+    Args:
+      k_KSH: scaled; query head i reads key/value head i // (Q/K).
+      grad_QTH: gradient of the result.
+      log_z_QT: logarithm of the softmax's denominator, float32.
+      shift_QT: sum of the gradient of the result times the result, float32.
+      q_segment_T, kv_segment_S: a query sees keys of its own segment.
+      q_index_T: if `causal`, a query sees keys up to this one only.
+      sight: what the queries of each block see of each chunk of keys, int32 [blocks, chunks] of `HIDDEN`, `PARTLY` and `WHOLLY`; blocks
+        and chunks are equal parts of T and S, multiples of 128.
+    """
+    (Q, T, H), (K, S, _), (blocks, chunks) = q_QTH.shape, k_KSH.shape, sight.shape
+    R, queries, keys = Q // K, T // blocks, S // chunks
+
+    place = jax.lax.broadcasted_iota(jnp.int32, sight.shape, 1)
+    first = jnp.where(sight > HIDDEN, place, chunks).min(1)
+    end = jnp.where(sight > HIDDEN, place + 1, 0).max(1)
+
+    per_query = pl.BlockSpec((None, queries, H), lambda k, r, t, *_: (k * R + r, t, 0))
+    per_key = pl.BlockSpec((None, S, H), lambda k, r, t, *_: (k, 0, 0))
+    number = pl.BlockSpec((None, 1, queries), lambda k, r, t, *_: (k * R + r, 0, t))
+    place_of_query = pl.BlockSpec((1, queries), lambda k, r, t, *_: (0, t))
+    segments = pl.BlockSpec((S, LANES), lambda *_: (0, 0), pipeline_mode=pl.Buffered(1))
+
+    operands = (q_QTH, k_KSH, v_KSH, grad_QTH, log_z_QT, shift_QT)
+    # Blocks on the diagonal are computed whole; the longer side of a block sets how many there are.
+    share = (1 + max(queries, keys) / S) / 2 if causal else 1.0
+    scores = int(Q * T * S * share)
+    return pl.pallas_call(
+        functools.partial(_kernel, causal=causal, keys=keys),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=3,
+            grid=(K, R, blocks),
+            in_specs=[
+                per_query, per_key, per_key, per_query, number, number,
+                place_of_query, segments, place_of_query,
+            ],
+            out_specs=(per_query, per_key, per_key),
+            scratch_shapes=[pltpu.VMEM((H, queries), jnp.float32), pltpu.VMEM((S, H), jnp.float32), pltpu.VMEM((S, H), jnp.float32)],
+        ),
+        out_shape=tuple(varying_like(x.shape, x.dtype, *operands) for x in (q_QTH, k_KSH, v_KSH)),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"),
+            vmem_limit_bytes=vmem_bytes(S, H, k_KSH.dtype.itemsize, queries, keys),
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=5 * 2 * scores * H,
+            transcendentals=scores,
+            bytes_accessed=3 * q_QTH.nbytes + 4 * k_KSH.nbytes + 2 * log_z_QT.nbytes,
+        ),
+        interpret=interpret,
+        name="attention_gradient",
+    )(
+        first, end, sight, q_QTH, k_KSH, v_KSH, grad_QTH, log_z_QT[:, None], shift_QT[:, None],
+        q_segment_T[None], jnp.broadcast_to(kv_segment_S[:, None], (S, LANES)), q_index_T[None],
+    )  # fmt: skip
+
+
+def _kernel(  # type: ignore[no-untyped-def]
+    first, end, sight, q, k, v, grad, log_z, shift, q_segment, kv_segment, q_index,
+    grad_q, grad_k, grad_v, sum_q, sum_k, sum_v, *, causal: bool, keys: int,
+) -> None:  # fmt: skip
+    head, block = pl.program_id(1), pl.program_id(2)
+    product = functools.partial(jax.lax.dot_general, precision=full_precision(q.dtype), preferred_element_type=jnp.float32)
+
+    @pl.when((head == 0) & (block == 0))
+    def _() -> None:
+        sum_k[...] = jnp.zeros_like(sum_k)
+        sum_v[...] = jnp.zeros_like(sum_v)
+
+    sum_q[...] = jnp.zeros_like(sum_q)
+
+    def add(chunk: jax.Array, masked: bool) -> None:
+        start = pl.multiple_of(chunk * keys, keys)
+        own = pl.ds(start, keys)
+        scores = product(k[own], q[...], _BY_QUERIES)
+        if masked:
+            visible = jnp.tile(kv_segment[own], (1, scores.shape[1] // LANES)) == q_segment[...]
+            if causal:
+                visible &= jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0) <= q_index[...] - start
+            scores = jnp.where(visible, scores, _MASKED)
+        weights = jnp.exp(scores - log_z[...])
+        sum_v[own] += product(weights.astype(grad.dtype), grad[...], (((1,), (0,)), ((), ())))
+        grad_weights = product(v[own], grad[...], _BY_QUERIES)
+        grad_scores = (weights * (grad_weights - shift[...])).astype(q.dtype)
+        sum_k[own] += product(grad_scores, q[...], (((1,), (0,)), ((), ())))
+        # Transposed: that of the chunk's keys costs less than that of the scores.
+        sum_q[...] += product(k[own], grad_scores, (((0,), (0,)), ((), ())))
+
+    def step(chunk: jax.Array, _: None) -> None:
+        state = sight[block, chunk]
+        pl.when(state == WHOLLY)(lambda: add(chunk, masked=False))
+        pl.when(state == PARTLY)(lambda: add(chunk, masked=True))
+
+    jax.lax.fori_loop(first[block], end[block], step, None)
+    grad_q[...] = sum_q[...].T.astype(grad_q.dtype)
+
+    @pl.when((head == pl.num_programs(1) - 1) & (block == pl.num_programs(2) - 1))
+    def _() -> None:
+        grad_k[...] = sum_k[...].astype(grad_k.dtype)
+        grad_v[...] = sum_v[...].astype(grad_v.dtype)
