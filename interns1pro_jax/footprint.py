@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 
@@ -254,7 +255,7 @@ def meshes(hardware: Hardware, chips: int, length: int) -> list[MeshConfig]:
     return found
 
 
-def best_rows(task: str, model: ModelConfig, hardware: Hardware, mesh: MeshConfig, length: int, **options: int) -> Footprint | None:
+def best_rows(task: str, model: ModelConfig, hardware: Hardware, mesh: MeshConfig, length: int, **options: Any) -> Footprint | None:
     """The footprint with as many rows as fit, in powers of two up to 64k tokens of a device; with one row if none fits."""
     first = best = footprint(task, model, hardware, mesh, length, 1, **options)
     rows = 2

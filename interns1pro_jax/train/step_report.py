@@ -194,7 +194,7 @@ def make_report(
         length=length,
         remat=step.remat,
         moe_chunks=step.moe_chunks,
-        memory=_memory(program, model, step, state, batch),
+        memory=_memory(program, mesh, model, step, state, batch),
         hbm=hardware.hbm if hardware else None,
         text_flops=3.0 * rows * length * text_flops(model.text, length),
         tower_flops=3.0 * rows * tower_flops(model, row),
@@ -222,10 +222,10 @@ def shard_bytes(tree: Any) -> int:
     return sum(size(x) for x in jax.tree.leaves(tree))
 
 
-def _memory(program: Program, model: ModelConfig, step: StepConfig, state: TrainState, batch: Batch) -> Memory:
+def _memory(program: Program, mesh: Mesh, model: ModelConfig, step: StepConfig, state: TrainState, batch: Batch) -> Memory:
     parameters, optimizer = shard_bytes(state.params), shard_bytes(state.opt_state)
-    tokens = shard_bytes(batch.labels) // batch.labels.dtype.itemsize
-    kept = kept_bytes(model.text, tokens // step.microbatches, step.remat)
+    tokens = batch.labels.size // mesh.size // step.microbatches  # labels are whole rows, tokens are split further over `context`
+    kept = kept_bytes(model.text, tokens, step.remat)
     resident = program.hbm - program.temporary - program.code
     return Memory(
         parameters=parameters,
