@@ -2,7 +2,7 @@
 
 `grouped_matmul` is the one entry; its cost is that of its FLOPs. Three products make it and its gradients: rows with matrices,
 rows with transposed matrices (input gradient), and rows with rows (weight gradient). On TPU they are Pallas kernels, on CPU loops over
-blocks of rows, on GPU `jax.lax.ragged_dot`. `grouped_matmul_reference` is the dense oracle.
+blocks of rows, on GPU batches of them (`ops.blocked_matmul`). `grouped_matmul_reference` is the dense oracle.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from interns1pro_jax.ops.blocked_matmul import blocked_product, blocked_weight_gradient
 from interns1pro_jax.ops.layout import transposed_copy
 from interns1pro_jax.ops.varying import as_varying, match_varying, varying_axes
 from pallas_kernels import grouped_matmul as tpu
@@ -89,7 +90,7 @@ def _product(lhs_MK: Array, rhs: Array, sizes_G: Array, offset: Array, *, transp
     return jax.lax.platform_dependent(
         lhs_MK, rhs, sizes_G, offset,
         cpu=functools.partial(_product_cpu, transposed=transposed, dtype=dtype),
-        default=functools.partial(_product_ragged, transposed=transposed, dtype=dtype),
+        default=functools.partial(blocked_product, transposed=transposed, dtype=dtype),
     )  # fmt: skip
 
 
@@ -98,32 +99,8 @@ def _weight_gradient(lhs_MK: Array, grad_MN: Array, sizes_G: Array, offset: Arra
     return jax.lax.platform_dependent(
         lhs_MK, grad_MN, sizes_G, offset,
         cpu=functools.partial(_weight_gradient_cpu, num_matrices=num_matrices, dtype=dtype),
-        default=functools.partial(_weight_gradient_ragged, num_matrices=num_matrices, dtype=dtype),
+        default=functools.partial(blocked_weight_gradient, num_matrices=num_matrices, dtype=dtype),
     )  # fmt: skip
-
-
-# GPU ------------------------------------------------------------------------------------------------------------------
-
-
-def _all_sizes(sizes_G: Array, offset: Array, num_matrices: int) -> Array:
-    """Rows of every matrix of the stack: the groups' own, and zero before and behind them."""
-    none = as_varying(jnp.zeros(num_matrices, sizes_G.dtype), varying_axes(sizes_G))
-    return jax.lax.dynamic_update_slice_in_dim(none, sizes_G, offset, axis=0)
-
-
-def _product_ragged(lhs_MK: Array, rhs: Array, sizes_G: Array, offset: Array, *, transposed: bool, dtype: Dtype) -> Array:
-    rhs_GKN = jnp.swapaxes(rhs, 1, 2) if transposed else rhs
-    sizes = _all_sizes(sizes_G, offset, rhs.shape[0])
-    return jax.lax.ragged_dot(lhs_MK, rhs_GKN.astype(lhs_MK.dtype), sizes, preferred_element_type=jnp.float32).astype(dtype)
-
-
-def _weight_gradient_ragged(lhs_MK: Array, grad_MN: Array, sizes_G: Array, offset: Array, *, num_matrices: int, dtype: Dtype) -> Array:
-    rows_are_contracted = jax.lax.RaggedDotDimensionNumbers(
-        dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
-    )
-    sizes = _all_sizes(sizes_G, offset, num_matrices)
-    gradient = jax.lax.ragged_dot_general(lhs_MK, grad_MN, sizes, rows_are_contracted, preferred_element_type=jnp.float32)
-    return gradient.astype(dtype)
 
 
 # CPU ------------------------------------------------------------------------------------------------------------------

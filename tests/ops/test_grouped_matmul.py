@@ -10,6 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 
 import interns1pro_jax.ops.grouped_matmul as module
+from interns1pro_jax.ops import blocked_matmul
 from interns1pro_jax.ops.grouped_matmul import grouped_matmul, grouped_matmul_reference
 from interns1pro_jax.sharding import make_mesh
 from pallas_kernels.chips import CHIPS
@@ -132,13 +133,36 @@ def test_on_eight_devices():
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-4)
 
 
-def test_compiles_for_tpu_without_the_cpu_loops():
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_blocks_of_gpus_equal_oracle(sizes, transposed, monkeypatch):
+    """With matrices before and behind those of the groups; blocks that are few at a time, and many."""
+    monkeypatch.setattr(blocked_matmul, "BLOCK", 16)
+    monkeypatch.setattr(blocked_matmul, "_TOGETHER", 4)
+    lhs, rhs, sizes, grad = arrays(sizes, extra_matrices=3)
+
+    def run(lhs, rhs, sizes, grad):
+        given = jnp.swapaxes(rhs, 1, 2) if transposed else rhs
+        options = dict(dtype=jnp.dtype("float32"))
+        out = blocked_matmul.blocked_product(lhs, given, sizes, jnp.int32(2), transposed=transposed, **options)
+        back = blocked_matmul.blocked_product(grad, given, sizes, jnp.int32(2), transposed=not transposed, **options)
+        left, right = (grad, lhs) if transposed else (lhs, grad)
+        matrices = blocked_matmul.blocked_weight_gradient(left, right, sizes, jnp.int32(2), num_matrices=len(rhs), **options)
+        return out, back, jnp.swapaxes(matrices, 1, 2) if transposed else matrices
+
+    used = slice(2, 2 + len(sizes))
+    *wanted, matrices = value_and_gradients(grouped_matmul_reference, lhs, rhs[used], sizes, grad)
+    wanted = *wanted, np.zeros(rhs.shape, np.float32)
+    wanted[-1][used] = matrices
+    for got, expected in zip(jax.jit(run)(lhs, rhs, sizes, grad), wanted, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_compiles_for_gpus_without_the_cpu_loops():
     """The platform is chosen where the program is lowered for, not where it is traced."""
-    inputs = arrays(SIZES["uneven"])
-    traced = jax.jit(lambda lhs, rhs, sizes: grouped_matmul(lhs, rhs, sizes)).trace(*inputs[:3])
-    assert "while" in traced.lower(lowering_platforms=("cpu",)).as_text()
-    text = traced.lower(lowering_platforms=("tpu",)).as_text()
-    assert "ragged_dot" in text and "while" not in text
+    traced = jax.jit(lambda lhs, rhs, sizes: grouped_matmul(lhs, rhs, sizes)).trace(*arrays(SIZES["large groups"])[:3])
+    texts = {platform: traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "cuda")}
+    assert f"x{blocked_matmul.BLOCK}x{K}x" in texts["cuda"] and f"x{blocked_matmul.BLOCK}x{K}x" not in texts["cpu"]
 
 
 def test_toy_widths_go_through_the_tpu_kernels(monkeypatch):
