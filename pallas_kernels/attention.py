@@ -27,7 +27,7 @@ from pallas_kernels.attention_gradient import HIDDEN, PARTLY, WHOLLY, attention_
 from pallas_kernels.chips import CHIPS, MIB, Chip
 
 LANES = 128
-_UNROLLED = 4  # rows up to which there is no loop, whose body would have to copy what it reads, writes and keeps for the backward pass
+_UNROLLED = 6  # rows up to which there is no loop, whose body would have to copy what it reads, writes and keeps for the backward pass
 _MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 Interpret = bool | pltpu.InterpretParams
 _NO_SEGMENT = jnp.iinfo(jnp.int32).max
