@@ -112,15 +112,18 @@ def page(reports: dict[str, StepReport], failures: dict[str, str], page_only: bo
         "",
         "## Memory of a device, GiB",
         "",
-        "| recipe | devices | tokens per device | parameters | optimizer | gradients | layer inputs | working | other | total | "
-        "of the limit |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "*Total* is what the program takes; *live* what lives at the same time, at most (XLA's `peak_memory_in_bytes`, as in MaxText's "
+        "figures below).",
+        "",
+        "| recipe | devices | tokens per device | parameters | optimizer | gradients | kept of layers | working | other | total | "
+        "of the limit | live |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for name, r in reports.items():
         m, share = r.memory, f"{r.memory.total / r.hbm:.1%}" if r.hbm else ""
         cells = (m.parameters, m.optimizer, m.gradients, m.kept, m.working, m.batch + m.code, m.total)
         sizes = " | ".join(f"{size / GIB:.2f}" for size in cells)
-        lines.append(f"| {name} | {r.devices} | {r.tokens // r.devices:,} | {sizes} | {share} |")
+        lines.append(f"| {name} | {r.devices} | {r.tokens // r.devices:,} | {sizes} | {share} | {r.live / GIB:.2f} |")
     lines += [
         "",
         "## Work and modelled time of a step",

@@ -82,12 +82,13 @@ class Program:
     Attributes:
       text: the optimised HLO.
       collectives: in the order of the text.
-      hbm: bytes in use at the peak: arguments, results, temporaries and code.
+      hbm: bytes that it takes: arguments, results, temporaries and code.
       temporary, code: the last two of them.
       flops: of everything, kernels (custom calls) by their own estimates; bodies of loops count once.
       kernel_flops: of the kernels alone.
       warnings: what the compiler wrote to the standard error.
       seconds: that tracing and compiling took.
+      live: bytes of arrays that live at the same time, at most; what is laid out for them leaves gaps, so that `hbm` is more.
     """
 
     text: str
@@ -99,6 +100,7 @@ class Program:
     kernel_flops: float
     warnings: str
     seconds: float
+    live: int
 
 
 def compile_for(
@@ -151,6 +153,7 @@ def compile_for(
         kernel_flops=sum(map(float, re.findall(r'"cost_estimate":\{"flops":"(\d+)"', text))),
         warnings="".join(warnings),
         seconds=time.perf_counter() - start,
+        live=memory.peak_memory_in_bytes,
     )
     if keep:
         keep.parent.mkdir(parents=True, exist_ok=True)

@@ -77,6 +77,7 @@ class StepReport:
 
     Attributes:
       tokens: of the whole batch. length: of a row. remat, moe_chunks: of its `StepConfig`.
+      live: bytes that live at the same time, at most: `memory` without the gaps between them. hbm: that a device has.
       text_flops, tower_flops: useful FLOPs of the step on all devices (`interns1pro_jax.flops`).
       product_flops, kernel_flops: FLOPs that a device computes, recomputation included.
       traffic: bytes that a device moves in HBM.
@@ -92,6 +93,7 @@ class StepReport:
     remat: str
     moe_chunks: int
     memory: Memory
+    live: int
     hbm: int | None
     text_flops: float
     tower_flops: float
@@ -195,6 +197,7 @@ def make_report(
         remat=step.remat,
         moe_chunks=step.moe_chunks,
         memory=_memory(program, mesh, model, step, state, batch),
+        live=program.live,
         hbm=hardware.hbm if hardware else None,
         text_flops=3.0 * rows * length * text_flops(model.text, length),
         tower_flops=3.0 * rows * tower_flops(model, row),
@@ -298,7 +301,11 @@ def markdown(report: StepReport) -> str:
     ]
     lines += [f"| {name} | {size / GIB:.2f} |" for name, size in dataclasses.asdict(report.memory).items()]
     share = f" = {report.memory.total / report.hbm:.1%} of {report.hbm / GIB:.2f}" if report.hbm else ""
-    lines += [f"| **total** | **{report.memory.total / GIB:.2f}**{share} |", "", "| work of a device in a step | |", "|---|---:|"]
+    lines += [
+        f"| **total** | **{report.memory.total / GIB:.2f}**{share} |",
+        f"| of it live at the same time, at most | {report.live / GIB:.2f} |",
+    ]
+    lines += ["", "| work of a device in a step | |", "|---|---:|"]
     computed = report.product_flops + report.kernel_flops
     useful = (report.text_flops + report.tower_flops) / report.devices
     lines += [
