@@ -174,7 +174,8 @@ def _fingerprint(lowered: str, mesh: Mesh, compiler_options: Mapping[str, str]) 
     """Of what the compiler gets: the program, the devices and their order, options and versions."""
     devices = [(device.device_kind, getattr(device, "coords", device.id)) for device in mesh.devices.flat]
     versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib", *(["libtpu"] if can_compile() else []))]
-    return hashlib.sha256(repr((lowered, devices, sorted(compiler_options.items()), versions)).encode()).hexdigest()
+    kept = [field.name for field in dataclasses.fields(Program)]  # a file of another version of this module has others
+    return hashlib.sha256(repr((lowered, devices, sorted(compiler_options.items()), versions, kept)).encode()).hexdigest()
 
 
 @contextlib.contextmanager
