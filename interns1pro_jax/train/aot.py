@@ -88,7 +88,8 @@ class Program:
       kernel_flops: of the kernels alone.
       warnings: what the compiler wrote to the standard error.
       seconds: that tracing and compiling took.
-      live: bytes of arrays that live at the same time, at most; what is laid out for them leaves gaps, so that `hbm` is more.
+      live: bytes of arrays that live at the same time, at most; what is laid out for them leaves gaps, so that `hbm` is more (None: a kept
+        program from before this was told).
     """
 
     text: str
@@ -100,7 +101,7 @@ class Program:
     kernel_flops: float
     warnings: str
     seconds: float
-    live: int
+    live: int | None = None
 
 
 def compile_for(
@@ -174,8 +175,7 @@ def _fingerprint(lowered: str, mesh: Mesh, compiler_options: Mapping[str, str]) 
     """Of what the compiler gets: the program, the devices and their order, options and versions."""
     devices = [(device.device_kind, getattr(device, "coords", device.id)) for device in mesh.devices.flat]
     versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib", *(["libtpu"] if can_compile() else []))]
-    kept = [field.name for field in dataclasses.fields(Program)]  # a file of another version of this module has others
-    return hashlib.sha256(repr((lowered, devices, sorted(compiler_options.items()), versions, kept)).encode()).hexdigest()
+    return hashlib.sha256(repr((lowered, devices, sorted(compiler_options.items()), versions)).encode()).hexdigest()
 
 
 @contextlib.contextmanager
