@@ -123,7 +123,9 @@ def page(reports: dict[str, StepReport], failures: dict[str, str], page_only: bo
         m, share = r.memory, f"{r.memory.total / r.hbm:.1%}" if r.hbm else ""
         cells = (m.parameters, m.optimizer, m.gradients, m.kept, m.working, m.batch + m.code, m.total)
         sizes = " | ".join(f"{size / GIB:.2f}" for size in cells)
-        lines.append(f"| {name} | {r.devices} | {r.tokens // r.devices:,} | {sizes} | {share} | {r.live / GIB:.2f} |")
+        lines.append(
+            f"| {name} | {r.devices} | {r.tokens // r.devices:,} | {sizes} | {share} | {'' if r.live is None else f'{r.live / GIB:.2f}'} |"
+        )
     lines += [
         "",
         "## Work and modelled time of a step",

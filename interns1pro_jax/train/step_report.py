@@ -93,7 +93,7 @@ class StepReport:
     remat: str
     moe_chunks: int
     memory: Memory
-    live: int
+    live: int | None
     hbm: int | None
     text_flops: float
     tower_flops: float
@@ -301,10 +301,8 @@ def markdown(report: StepReport) -> str:
     ]
     lines += [f"| {name} | {size / GIB:.2f} |" for name, size in dataclasses.asdict(report.memory).items()]
     share = f" = {report.memory.total / report.hbm:.1%} of {report.hbm / GIB:.2f}" if report.hbm else ""
-    lines += [
-        f"| **total** | **{report.memory.total / GIB:.2f}**{share} |",
-        f"| of it live at the same time, at most | {report.live / GIB:.2f} |",
-    ]
+    lines += [f"| **total** | **{report.memory.total / GIB:.2f}**{share} |"]
+    lines += [] if report.live is None else [f"| of it live at the same time, at most | {report.live / GIB:.2f} |"]
     lines += ["", "| work of a device in a step | |", "|---|---:|"]
     computed = report.product_flops + report.kernel_flops
     useful = (report.text_flops + report.tower_flops) / report.devices
