@@ -27,7 +27,7 @@ COMPUTE_EFFICIENCY = {"v5e": 0.6, "v5p": 0.72, "v6e": 0.6, "tpu7x": 0.6}
 # Share of HBM that a plan fills at most; the rest is for the runtime and for what is not modelled.
 FULLEST = 0.92
 LORA_RANK = 16
-_REST = 3 * 2**30  # bytes of towers, code and small buffers
+_REST = 2**30  # bytes of towers, code and small buffers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +138,8 @@ def footprint(
     else:
         trained = parameter_bytes * parameters
         memory = {"parameters": trained, "optimizer": 2 * moment_bytes * parameters, "gradients": trained}
-    step = {"kept": kept_bytes(text, tokens, remat), "working": working_bytes(text, mesh, tokens, moe_chunks)}
+    copied = parameters if task != "lora" and parameter_bytes > 2 else 0
+    step = {"kept": kept_bytes(text, tokens, remat), "working": working_bytes(text, mesh, tokens, moe_chunks, copied)}
     seconds, bound = train_seconds(text, hardware, mesh, length, tokens, frozen=task == "lora")
     if task == "rl":
         # Rollout and training take turns: the transients of the one are free while the other runs.
@@ -168,20 +169,24 @@ def kept_bytes(text: TextConfig, tokens: int, remat: str) -> int:
     return text.num_hidden_layers * tokens * (inputs + more)
 
 
-def working_bytes(text: TextConfig, mesh: MeshConfig, tokens: int, moe_chunks: int = 1) -> int:
-    """Bytes of temporaries of a training step beyond gradients and kept layer inputs, with full rematerialisation.
+def working_bytes(text: TextConfig, mesh: MeshConfig, tokens: int, moe_chunks: int = 1, copied: int = 0) -> int:
+    """Bytes of temporaries of a training step beyond gradients and what is kept of layers.
 
-    They peak in the backward of a layer (its weights and those of the next one gathered, gradients of them, rows of the expert
-    products) or in the loss (the head in bfloat16 and its gradient in float32, and again in bfloat16). The counts of equal buffers are
-    those that make the compiled step of `pretrain_v5p_512` (docs/pods_report); towers and the rest are taken as constant.
+    They peak in the backward of a layer: its experts gathered, their gradients (of each of two parts that go together), rows of the
+    expert products; or after the last one, where the gradients of head and embedding are summed. The counts of equal buffers are those
+    of compiled steps (docs/pods_report.md); towers and the rest are taken as constant.
+
+    Args:
+      copied: a device's parameters in float32, of which XLA holds two copies in bfloat16, for the forward and the backward pass.
     """
     d, f = text.hidden_size, text.moe_intermediate_size
     gathered = 2 * text.num_experts // mesh.expert * 3 * d * f
     rows = tokens * text.num_experts_per_tok
     passing = 2 * rows * (8 * d + 10 * f) + 2 * tokens * mesh.expert * 4 * d
-    layer = 4 * gathered + passing // moe_chunks
-    head = d * text.vocab_size * (2 + 4 + 2) + 2**29
-    return max(layer, head) + _REST
+    together = 2 - moe_chunks % 2
+    layer = (1 + together) * gathered + passing * together // moe_chunks
+    head = 16 * d * text.vocab_size
+    return max(layer, head) + 2 * 2 * copied + _REST
 
 
 def train_seconds(
