@@ -48,7 +48,7 @@ from interns1pro_jax.models.interns1pro import create_model
 from interns1pro_jax.ops import projection
 from interns1pro_jax.ops.expert_products import EXPERT_PRODUCTS, unfused
 from interns1pro_jax.ops.grouped_matmul import grouped_matmul
-from interns1pro_jax.ops.quantization import E4M3_MAX
+from interns1pro_jax.ops.quantization import E4M3_MAX, round_to_e4m3
 from interns1pro_jax.optim.groups import path_name
 from interns1pro_jax.optim.optimizer import OptimizerConfig, make_optimizer
 from interns1pro_jax.optim.schedule import warmup_stable_decay
@@ -68,9 +68,14 @@ POINTS = 40  # of a curve in the file
 Quantize = Callable[[jax.Array], jax.Array]
 
 
-def rounded(x: jax.Array, block: tuple[int, int] | None, power_of_two: bool = True, dtype: str = "float8_e4m3fn") -> jax.Array:
+def round_to_e5m2(x: jax.Array) -> jax.Array:
+    return jax.lax.reduce_precision(x, exponent_bits=5, mantissa_bits=2)
+
+
+def rounded(
+    x: jax.Array, block: tuple[int, int] | None, power_of_two: bool = True, to: Quantize = round_to_e4m3, largest: float = E4M3_MAX
+) -> jax.Array:
     """`x` [..., R, C] rounded to an FP8 format and back, with a scale for each block, or one for all where there is none."""
-    largest = float(jnp.finfo(dtype).max) if dtype != "float8_e4m3fn" else E4M3_MAX
     x32 = x.astype(jnp.float32)
     if block is None:
         amax = jnp.max(jnp.abs(x32), keepdims=True)
@@ -80,7 +85,7 @@ def rounded(x: jax.Array, block: tuple[int, int] | None, power_of_two: bool = Tr
         amax = jnp.broadcast_to(blocks.max((-3, -1), keepdims=True), blocks.shape).reshape(x.shape)
     scale = jnp.maximum(amax, 1e-30) / largest
     scale = jnp.exp2(jnp.ceil(jnp.log2(scale))) if power_of_two else scale
-    return ((x32 / scale).astype(dtype).astype(jnp.float32) * scale).astype(x.dtype)
+    return (to(jnp.clip(x32 / scale, -largest, largest)) * scale).astype(x.dtype)
 
 
 def product_of(rows: Quantize, matrices: Quantize, gradients: Quantize) -> Callable[..., jax.Array]:
@@ -115,11 +120,11 @@ def whole(x: jax.Array) -> jax.Array:
 
 
 def unscaled(x: jax.Array) -> jax.Array:
-    return jnp.clip(x, -E4M3_MAX, E4M3_MAX).astype("float8_e4m3fn").astype(x.dtype)
+    return round_to_e4m3(jnp.clip(x.astype(jnp.float32), -E4M3_MAX, E4M3_MAX)).astype(x.dtype)
 
 
 def e5m2_gradient(x: jax.Array) -> jax.Array:
-    return rounded(x, (1, 128), dtype="float8_e5m2")
+    return rounded(x, (1, 128), to=round_to_e5m2, largest=57344.0)
 
 
 def free_tile(x: jax.Array) -> jax.Array:

@@ -46,12 +46,22 @@ def quantize_blocks(
     scale = _power_of_two_scale(jnp.maximum(amax, min_amax))
     if keep is not None:
         factor = _expand(jnp.where(keep > 0, keep, 1).astype(jnp.float32), block, shape)
-        kept = (values.astype(jnp.float32) / factor).astype(jnp.float8_e4m3fn).astype(jnp.float32) * factor
+        kept = round_to_e4m3(values.astype(jnp.float32) / factor) * factor
         lost = jnp.pad(kept != values.astype(jnp.float32), [(0, 0)] * (values.ndim - 2) + padding)
         is_lossy = lost.reshape(*values.shape[:-2], rows, block[0], columns, block[1]).any((-3, -1))
         scale = jnp.where(is_lossy | ~(keep > 0), scale, keep.astype(jnp.float32))
     quotient = values.astype(jnp.float32) / _expand(scale, block, shape)
-    return quotient.astype(jnp.float8_e4m3fn), scale
+    return round_to_e4m3(quotient).astype(jnp.float8_e4m3fn), scale
+
+
+def round_to_e4m3(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """float32 rounded to the nearest number of e4m3 (to even), of magnitudes up to 448, as float32.
+
+    A conversion there and back would do, but XLA may leave out both (`xla_allow_excess_precision`); on GPUs it does. This it may not, and
+    a conversion of what is e4m3 already changes nothing.
+    """
+    normal = jax.lax.reduce_precision(x, exponent_bits=5, mantissa_bits=3)  # with room for the exponents of 256 to 448
+    return jnp.where(jnp.abs(x) < 2.0**-6, jnp.round(x * 2.0**9) * 2.0**-9, normal)
 
 
 def dequantize_blocks(

@@ -153,8 +153,15 @@ def read_samples(workdir: Path, step: int) -> list[Sample]:
 def environment() -> dict[str, str]:
     """Versions and devices, for reports and logs."""
     devices = jax.devices()
-    versions = {"python": platform.python_version()} | {name: metadata.version(name) for name in _PACKAGES}
+    versions = {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
     return versions | {"devices": f"{len(devices)} x {devices[0].device_kind}", "host": f"{platform.machine()}, {platform.system()}"}
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # a source tree on the path
+        return "not installed"
 
 
 def _numbers(records: Sequence[Mapping[str, Any]], data: ReportData) -> list[tuple[str, str]]:
@@ -164,7 +171,7 @@ def _numbers(records: Sequence[Mapping[str, Any]], data: ReportData) -> list[tup
     if speeds:
         rows.append(("tokens/s, median", f"{np.median(speeds):,.0f}"))
     _, shares = _column(records, "mfu")
-    rows.append(("MFU, median", f"{np.median(shares):.1%}" if len(shares) else f"no peak known for {jax.devices()[0].device_kind}"))
+    rows.append(("MFU, median", f"{100 * np.median(shares):.3g} %" if len(shares) else f"no peak known for {jax.devices()[0].device_kind}"))
     _, losses = _column(records, "loss")
     rows.append(("training loss, mean of the last tenth", f"{losses[-max(len(losses) // 10, 1) :].mean():.4f}" if len(losses) else "none"))
     _, validation = _column(records, "eval/loss")

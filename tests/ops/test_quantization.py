@@ -17,6 +17,7 @@ from interns1pro_jax.ops.quantization import (
     dequantize_box,
     quantize_activations,
     quantize_blocks,
+    round_to_e4m3,
 )
 
 
@@ -50,6 +51,17 @@ def test_every_bfloat16_number_is_rounded_to_the_nearest_e4m3_number():
     quantised, scale = quantize_blocks(numbers[None], (1, len(numbers)))
     assert float(scale[0, 0]) == 1
     np.testing.assert_array_equal(np.asarray(quantised[0]), numbers.astype(ml_dtypes.float8_e4m3fn))
+
+
+def test_rounding_needs_no_conversion_that_a_compiler_may_leave_out():
+    """XLA may take a conversion to e4m3 and back for nothing; the number that is converted is one of e4m3 already."""
+    numbers = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    numbers = np.unique(numbers[np.isfinite(numbers)])
+    between = (numbers[1:] + numbers[:-1]) / 2
+    random = np.exp(np.random.default_rng(0).uniform(-12, np.log(448), 10**5)).astype(np.float32)
+    x = np.concatenate([numbers, between, np.nextafter(between, 500), np.nextafter(between, -500), random, -random])
+    np.testing.assert_array_equal(round_to_e4m3(x), x.astype(ml_dtypes.float8_e4m3fn).astype(np.float32))
+    assert np.isnan(round_to_e4m3(np.float32(np.nan)))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
