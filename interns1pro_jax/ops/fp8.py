@@ -104,7 +104,8 @@ def grouped_matmul_fp8_reference(
 
 def quantize_matrices(w_GKN: Float[Array, "*lead K N"]) -> Quantized:
     """Blocks of 128 x 128 of the matrices rounded to bfloat16, so that a float32 master and its bfloat16 export give the same."""
-    return quantize_blocks(w_GKN.astype(jnp.bfloat16))
+    rounded_GKN = jax.lax.reduce_precision(w_GKN.astype(jnp.float32), exponent_bits=8, mantissa_bits=7)  # XLA may drop a conversion
+    return quantize_blocks(rounded_GKN)
 
 
 def quantize_gradients(grad_MN: Float[Array, "M N"]) -> Quantized:
