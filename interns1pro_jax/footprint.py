@@ -1,8 +1,8 @@
 """What a task needs of a device, by arithmetic: bytes of HBM and seconds, for any mesh at once.
 
 State is exact: it follows from the shapes and shardings of the parameters. What a step needs on top is a model of the few buffers that
-are large, held against compiled programs by a test: gathered weights, rows of the expert products, the output head. Seconds are a
-roofline: computing at the share of the peak that compiled schedules reach, beside the bytes on the links and in HBM.
+are large, held against compiled programs by a test: gathered weights, rows of the expert products, the output head. Seconds are computing
+at the share of the peak that compiled schedules reach, and the part of the links' time that they do not hide.
 """
 
 from __future__ import annotations
@@ -16,14 +16,17 @@ from typing import Any
 import jax
 
 from interns1pro_jax.config import ConfigError, ModelConfig, TextConfig
-from interns1pro_jax.flops import Hardware, text_flops
+from interns1pro_jax.flops import Hardware, attention_flops, text_flops
 from interns1pro_jax.models.interns1pro import InternS1Pro
 from interns1pro_jax.sharding import AXES, MeshConfig, make_mesh
 
 TASKS = ("train", "sft", "lora", "rl", "serve")
 
-# Share of the peak at which a device computes a whole step, all of its work counted (docs/pods.md, compiled schedules).
-COMPUTE_EFFICIENCY = {"v5e": 0.6, "v5p": 0.72, "v6e": 0.6, "tpu7x": 0.6}
+# Share of the peak at which a device computes (of its kernels and XLA's own instructions in compiled schedules: docs/pods_report.md; v5e is
+# not compiled for).
+COMPUTE_EFFICIENCY = {"v5e": 0.6, "v5p": 0.6, "v6e": 0.6, "tpu7x": 0.5}
+# Share of the time of the links in which nothing is computed, with tokens that go through the experts in one part, and in two together.
+EXPOSED = {1: 0.65, 2: 0.27}
 # Share of HBM that a plan fills at most; the rest is for the runtime and for what is not modelled.
 FULLEST = 0.92
 LORA_RANK = 16
@@ -69,7 +72,7 @@ class Footprint:
       mesh: its sizes. tokens: of one device in a step (train, sft, lora, rl) or sequences times length in the cache (serve).
       memory: bytes by part.
       hbm: bytes that there are.
-      seconds: of a training step, or of one decoded token of all sequences; a lower bound where links are not counted.
+      seconds: of a training step, or of one decoded token of all sequences (a lower bound: links are not counted).
       rate: tokens per second and chip.
       bound: what takes the seconds.
     """
@@ -140,7 +143,7 @@ def footprint(
         memory = {"parameters": trained, "optimizer": 2 * moment_bytes * parameters, "gradients": trained}
     copied = parameters if task != "lora" and parameter_bytes > 2 else 0
     step = {"kept": kept_bytes(text, tokens, remat), "working": working_bytes(text, mesh, tokens, moe_chunks, copied)}
-    seconds, bound = train_seconds(text, hardware, mesh, length, tokens, frozen=task == "lora")
+    seconds, bound = train_seconds(text, hardware, mesh, length, tokens, remat=remat, moe_chunks=moe_chunks, frozen=task == "lora")
     if task == "rl":
         # Rollout and training take turns: the transients of the one are free while the other runs.
         rollout = serving | {"working": 2 * 1024**3}
@@ -190,28 +193,34 @@ def working_bytes(text: TextConfig, mesh: MeshConfig, tokens: int, moe_chunks: i
 
 
 def train_seconds(
-    text: TextConfig, hardware: Hardware, mesh: MeshConfig, length: int, tokens: int, frozen: bool = False
+    text: TextConfig,
+    hardware: Hardware,
+    mesh: MeshConfig,
+    length: int,
+    tokens: int,
+    *,
+    remat: str = "full",
+    moe_chunks: int = 1,
+    frozen: bool = False,
 ) -> tuple[float, str]:
-    """Seconds of a training step with full rematerialisation and what takes them. `frozen` weights have no gradients."""
-    forward = tokens * text_flops(text, length)
-    compute = (3 if frozen else 4) * forward / (hardware.peak * COMPUTE_EFFICIENCY[hardware.name])
+    """Seconds of a training step and what takes most of them. `frozen` weights have no gradients."""
+    forward, attention = tokens * text_flops(text, length), tokens * attention_flops(text, length)
+    again = 0.0 if remat == "none" else forward - (attention if "attention" in remat else 0)
+    compute = ((2 if frozen else 3) * forward + again) / (hardware.peak * COMPUTE_EFFICIENCY[hardware.name])
     d, f = text.hidden_size, text.moe_intermediate_size
-    experts, attention = text.num_experts // mesh.expert * 3 * d * f, 2 * d * (text.num_attention_heads + text.num_key_value_heads)
-    passes = 2 if frozen else 3
-    weights = passes * 2 * text.num_moe_layers * (experts + attention * text.head_dim) * (mesh.fsdp - 1) / mesh.fsdp
+    together = 2 - moe_chunks % 2
+    passes = 2 if frozen else 2 + together  # the gradients of two parts that go together are scattered apart
+    experts, projections = text.num_experts // mesh.expert * 3 * d * f, 2 * d * (text.num_attention_heads + text.num_key_value_heads)
+    gathered = 2 * text.num_moe_layers * (passes * experts + 3 * projections * text.head_dim) * (mesh.fsdp - 1) / mesh.fsdp
     exchanged = 5 * 2 * text.num_moe_layers * tokens * mesh.expert * d * (mesh.expert - 1) / mesh.expert
     # An expert group takes one dimension of the torus, the rest of the mesh the others.
     dims = 2 if hardware.wraps_from == 16 else 3
     share = 2 * hardware.link / hardware.devices_per_chip
-    links = {
-        "links of fsdp": weights / (share * (dims - 1)),
-        "links of expert": exchanged / share,
-    }
+    links = {"links of fsdp": gathered / (share * (dims - 1)), "links of expert": exchanged / share}
     if mesh.data > 1:
         links["network between slices"] = 2 * 4 * sum_parameters(text) / math.prod(mesh.sizes.values()) * mesh.data / hardware.slice_link
-    times = {"computing": compute} | links
-    bound = max(times, key=lambda name: times[name])
-    return times[bound], bound
+    bound = max(links | {"computing": compute}, key=lambda name: (links | {"computing": compute})[name])
+    return compute + EXPOSED[together] * sum(links.values()), bound
 
 
 def sum_parameters(text: TextConfig) -> int:
