@@ -24,7 +24,7 @@ TASKS = ("train", "sft", "lora", "rl", "serve")
 
 # Share of the peak at which a device computes (of its kernels and XLA's own instructions in compiled schedules: docs/pods_report.md; v5e is
 # not compiled for).
-COMPUTE_EFFICIENCY = {"v5e": 0.6, "v5p": 0.6, "v6e": 0.6, "tpu7x": 0.5}
+COMPUTE_EFFICIENCY = {"v5e": 0.6, "v5p": 0.635, "v6e": 0.6, "tpu7x": 0.5}
 # Share of the time of the links in which nothing is computed, with tokens that go through the experts in one part, and in two together.
 EXPOSED = {1: 0.65, 2: 0.27}
 # Share of HBM that a plan fills at most; the rest is for the runtime and for what is not modelled.

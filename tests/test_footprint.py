@@ -13,7 +13,7 @@ from interns1pro_jax.sharding import MeshConfig
 from interns1pro_jax.train.step_report import StepReport
 from tools import plan
 
-FIGURES = sorted((Path(__file__).resolve().parents[1] / "docs" / "pods_report").glob("pretrain_*.json"))
+FIGURES = sorted((Path(__file__).resolve().parents[1] / "docs" / "pods_report").glob("[lpt]*.json"))  # of the whole model or its decoder
 MODEL = ModelConfig()
 TEXT = ModelConfig(MODEL.text, None, None)
 
@@ -26,15 +26,19 @@ def test_sizes_are_those_of_the_release():
 
 
 @pytest.mark.parametrize("file", FIGURES, ids=lambda path: path.stem)
-def test_memory_is_that_of_compiled_programs(file):
-    """State to the byte, the whole within 10 %."""
+def test_plan_is_that_of_compiled_programs(file):
+    """State to the byte, all memory and the time of a step within 10 %."""
     report = StepReport.from_json(file.read_text())
     mesh = MeshConfig(**report.mesh, topology=report.topology)
     rows = report.tokens // report.length * mesh.context // report.devices
-    moments = report.memory.optimizer / report.memory.parameters * 2
-    found = footprint("train", MODEL, hardware_of(report.topology), mesh, report.length, rows, moment_bytes=round(moments))
+    model = MODEL if report.tower_flops else TEXT
+    parameter_bytes = round(report.memory.parameters / sum(w.per_device(mesh.sizes) for w in weights_of(model)))
+    options = dict(remat=report.remat, moe_chunks=report.moe_chunks, parameter_bytes=parameter_bytes)
+    options["moment_bytes"] = round(report.memory.optimizer / report.memory.parameters * parameter_bytes / 2)
+    found = footprint("train", model, hardware_of(report.topology), mesh, report.length, rows, **options)
     assert found.memory["parameters"] == report.memory.parameters
     assert abs(found.total / report.memory.total - 1) < 0.1, json.dumps(found.memory)
+    assert abs(found.seconds / report.step_seconds - 1) < 0.1, (found.seconds, report.step_seconds)
 
 
 @pytest.mark.parametrize("task", TASKS)
