@@ -60,8 +60,8 @@ def records(directory: Path) -> dict[str, list[dict]]:
         ]
         for name, text in list(functions())[:12]
     ]
-    chat.append([{"role": "user", "content": [image, {"type": "text", "text": "Who is this?"}]}, {"role": "assistant", "content": words}])
-    chat.append([{"role": "user", "content": [signal, {"type": "text", "text": "What is this?"}]}, {"role": "assistant", "content": heard}])
+    shown = [image, signal, {"type": "text", "text": "Who and what are these?"}]
+    chat += [[{"role": "user", "content": shown}, {"role": "assistant", "content": f"{words} {heard}"}]] * 12
     conversations = [{"messages": messages} for messages in chat]
     conversations.append(
         {
@@ -77,7 +77,10 @@ def records(directory: Path) -> dict[str, list[dict]]:
     return {
         "text": documents[::2],
         "science": documents[1::2],
-        "image_text": [{"content": [image, {"type": "text", "text": words}]}, *documents[:6]],
+        "image_text": [
+            {"content": [image, {"type": "text", "text": words}]},
+            *[{"content": [image, {"type": "text", "text": words}, signal, {"type": "text", "text": heard}]}] * 6,
+        ],
         "signals": [{"content": [signal, {"type": "text", "text": heard}]}] * 4,
         "chat": conversations,
     }

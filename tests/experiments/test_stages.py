@@ -16,7 +16,7 @@ from interns1pro_jax.train.metrics import read_records
 from interns1pro_jax.train.report import read_samples
 from tests.experiments.stage_data import prepare
 
-# Beside the vocabulary of the release, all is as small as it can be.
+# Beside the vocabulary of the release, all is as small as it can be; and media come in every batch of the stages that learn from them.
 TINY = """
 TextConfig.vocab_size = 155008
 TextConfig.hidden_size = 16
@@ -42,6 +42,7 @@ TimeSeriesConfig.ts_hidden_dim = 16
 TimeSeriesConfig.out_hidden_size = 16
 StepConfig.remat = 'none'
 LoopConfig.steps = 2
+image_text/Source.weight = 1.0
 LoopConfig.evaluate_every = None
 Corpus.evaluation_batches = 1
 Corpus.held_out = ['held_out']
