@@ -185,11 +185,14 @@ def working_bytes(text: TextConfig, mesh: MeshConfig, tokens: int, moe_chunks: i
     d, f = text.hidden_size, text.moe_intermediate_size
     gathered = 2 * text.num_experts // mesh.expert * 3 * d * f
     rows = tokens * text.num_experts_per_tok
-    passing = 2 * rows * (8 * d + 10 * f) + 2 * tokens * mesh.expert * 4 * d
+    passing = 2 * rows * (3 * d + 3 * f) + 2 * tokens * mesh.expert * d
     together = 2 - moe_chunks % 2
     layer = (1 + together) * gathered + passing * together // moe_chunks
+    if mesh.slices > mesh.data:  # weights that are split over slices are gathered by way of further copies (compiled for four slices of v6e)
+        layer += 5 * gathered
     head = 16 * d * text.vocab_size
-    return max(layer, head) + 2 * 2 * copied + _REST
+    again = kept_bytes(text, tokens, "full")  # XLA allots the stacked inputs of the layers twice
+    return max(layer, head) + again + 2 * 2 * copied + _REST
 
 
 def train_seconds(
