@@ -22,10 +22,11 @@ from interns1pro_jax.sharding import AXES, MeshConfig, make_mesh
 
 TASKS = ("train", "sft", "lora", "rl", "serve")
 
-# Share of the peak at which a device computes (of its kernels and XLA's own instructions in compiled schedules: docs/pods_report.md; v5e is
-# not compiled for).
+# Share of the peak at which a device computes: that of v5p fits the compiled schedules of docs/pods_report.md, that of tpu7x one schedule;
+# those of v5e and v6e are assumed.
 COMPUTE_EFFICIENCY = {"v5e": 0.6, "v5p": 0.635, "v6e": 0.6, "tpu7x": 0.5}
-# Share of the time of the links in which nothing is computed, with tokens that go through the experts in one part, and in two together.
+# Share of the time of the links in which nothing is computed, with tokens that go through the experts in one part, and in two together:
+# fits the same schedules of v5p. The network between slices was in none of them.
 EXPOSED = {1: 0.65, 2: 0.27}
 # Share of HBM that a plan fills at most; the rest is for the runtime and for what is not modelled.
 FULLEST = 0.92
@@ -163,8 +164,13 @@ def cache_bytes(text: TextConfig) -> int:
 
 def kept_bytes(text: TextConfig, tokens: int, remat: str) -> int:
     """Bytes of what the forward pass keeps of all layers for the backward, of `tokens` in bfloat16, under a policy of
-    `layers.decoder.REMAT` (of one that keeps more than results and operands of attention, the inputs of the layers only).
+    `layers.decoder.REMAT`; what is offloaded waits in the host's memory and is not counted.
+
+    Raises:
+      ConfigError: a policy that keeps what only a compiled program tells.
     """
+    if remat in ("none", "dots"):
+        raise ConfigError(f"remat={remat!r}: what it keeps is not modelled; compile the step (experiments.launch --compile_only).")
     queries, keys = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
     results = 2 * queries + 4 * text.num_attention_heads  # and the logarithms of the softmax's sums
     more = {"attention": results, "attention_operands": results + 2 * (queries + 2 * keys)}.get(remat, 0)
@@ -188,11 +194,13 @@ def working_bytes(text: TextConfig, mesh: MeshConfig, tokens: int, moe_chunks: i
     passing = 2 * rows * (3 * d + 3 * f) + 2 * tokens * mesh.expert * d
     together = 2 - moe_chunks % 2
     layer = (1 + together) * gathered + passing * together // moe_chunks
-    if mesh.slices > mesh.data:  # weights that are split over slices are gathered by way of further copies (compiled for four slices of v6e)
+    if (
+        mesh.slices > mesh.data
+    ):  # weights that are split over slices are gathered by way of further copies (compiled for four slices of v6e)
         layer += 5 * gathered
     head = 16 * d * text.vocab_size
     again = kept_bytes(text, tokens, "full")  # XLA allots the stacked inputs of the layers twice
-    return max(layer, head) + again + 2 * 2 * copied + _REST
+    return max(layer + again, head) + 2 * 2 * copied + _REST
 
 
 def train_seconds(
@@ -208,13 +216,17 @@ def train_seconds(
 ) -> tuple[float, str]:
     """Seconds of a training step and what takes most of them. `frozen` weights have no gradients."""
     forward, attention = tokens * text_flops(text, length), tokens * attention_flops(text, length)
-    again = 0.0 if remat == "none" else forward - (attention if "attention" in remat else 0)
+    again = forward - (attention if "attention" in remat else 0)
+    # The gradients of attention compute the scores again, those of long rows twice (`pallas_kernels.attention`).
+    again += attention * (0.5 if length <= 16384 else 1.5)
     compute = ((2 if frozen else 3) * forward + again) / (hardware.peak * COMPUTE_EFFICIENCY[hardware.name])
     d, f = text.hidden_size, text.moe_intermediate_size
     together = 2 - moe_chunks % 2
     passes = 2 if frozen else 2 + together  # the gradients of two parts that go together are scattered apart
     experts, projections = text.num_experts // mesh.expert * 3 * d * f, 2 * d * (text.num_attention_heads + text.num_key_value_heads)
-    gathered = 2 * text.num_moe_layers * (passes * experts + 3 * projections * text.head_dim) * (mesh.fsdp - 1) / mesh.fsdp
+    gathered = (
+        2 * text.num_moe_layers * (passes * experts + (2 if frozen else 3) * projections * text.head_dim) * (mesh.fsdp - 1) / mesh.fsdp
+    )
     exchanged = 5 * 2 * text.num_moe_layers * tokens * mesh.expert * d * (mesh.expert - 1) / mesh.expert
     # An expert group takes one dimension of the torus, the rest of the mesh the others.
     dims = 2 if hardware.wraps_from == 16 else 3
@@ -222,8 +234,8 @@ def train_seconds(
     links = {"links of fsdp": gathered / (share * (dims - 1)), "links of expert": exchanged / share}
     if mesh.data > 1:
         links["network between slices"] = 2 * 4 * sum_parameters(text) / math.prod(mesh.sizes.values()) * mesh.data / hardware.slice_link
-    bound = max(links | {"computing": compute}, key=lambda name: (links | {"computing": compute})[name])
-    return compute + EXPOSED[together] * sum(links.values()), bound
+    times = links | {"computing": compute}
+    return compute + EXPOSED[together] * sum(links.values()), max(times, key=lambda name: times[name])
 
 
 def sum_parameters(text: TextConfig) -> int:

@@ -30,7 +30,7 @@ _Static = tuple[float, Interpret]
 
 def takes(tokens: int, group: int, width: int) -> bool:
     """Whether the kernels hold rows of so many tokens, and heads of this width of which `group` share a key head."""
-    return width == LANES and tokens % CHUNK == 0 and group <= _GROUP
+    return width == LANES and tokens > 0 and tokens % CHUNK == 0 and group <= _GROUP
 
 
 def norm_and_rotary(

@@ -14,6 +14,7 @@ from interns1pro_jax.train.step_report import StepReport
 from tools import plan
 
 FIGURES = sorted((Path(__file__).resolve().parents[1] / "docs" / "pods_report").glob("[lpt]*.json"))  # of the whole model or its decoder
+assert FIGURES, "the reports of compiled recipes are part of the repository"
 MODEL = ModelConfig()
 TEXT = ModelConfig(MODEL.text, None, None)
 

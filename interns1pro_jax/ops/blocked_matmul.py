@@ -67,6 +67,8 @@ def blocked_product(
     dtype: jnp.dtype,
 ) -> Float[Array, "M N"]:
     """Rows times the [K, N] matrix of their group, or times the transpose of its [N, K] matrix; group g has matrix `offset + g`."""
+    if not lhs_MK.shape[0]:
+        return jnp.zeros((0, rhs.shape[1 if transposed else 2]), dtype)
     blocks = _cut(lhs_MK.shape[0], sizes_G)
 
     def step(row_and_group: tuple[Array, Array]) -> Array:
@@ -95,7 +97,14 @@ def blocked_weight_gradient(
         row_br, group_b = row_and_group
         rows, grads = _taken(lhs_MK, row_br), _taken(grad_MN, row_br)
         products = jnp.einsum("brk,brn->bkn", rows, grads, preferred_element_type=jnp.float32)
-        return total.at[offset + group_b].add(products, mode="promise_in_bounds"), None
+
+        def add(block: Array, total: Array) -> Array:
+            """One by one: a scatter of blocks of one group would add them in any order."""
+            at = offset + group_b[block]
+            matrix = jax.lax.dynamic_index_in_dim(total, at, keepdims=False) + products[block]
+            return jax.lax.dynamic_update_index_in_dim(total, matrix, at, 0)
+
+        return jax.lax.fori_loop(0, len(group_b), add, total), None
 
     zeros = jnp.zeros((num_matrices, lhs_MK.shape[1], grad_MN.shape[1]), jnp.float32)
     zeros = as_varying(zeros, varying_axes(lhs_MK, grad_MN, sizes_G, offset))

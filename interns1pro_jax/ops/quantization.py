@@ -46,8 +46,9 @@ def quantize_blocks(
     scale = _power_of_two_scale(jnp.maximum(amax, min_amax))
     if keep is not None:
         factor = _expand(jnp.where(keep > 0, keep, 1).astype(jnp.float32), block, shape)
-        kept = round_to_e4m3(values.astype(jnp.float32) / factor) * factor
-        lost = jnp.pad(kept != values.astype(jnp.float32), [(0, 0)] * (values.ndim - 2) + padding)
+        quotient = values.astype(jnp.float32) / factor
+        lost = (jnp.abs(quotient) > E4M3_MAX) | (round_to_e4m3(quotient) * factor != values.astype(jnp.float32))
+        lost = jnp.pad(lost, [(0, 0)] * (values.ndim - 2) + padding)
         is_lossy = lost.reshape(*values.shape[:-2], rows, block[0], columns, block[1]).any((-3, -1))
         scale = jnp.where(is_lossy | ~(keep > 0), scale, keep.astype(jnp.float32))
     quotient = values.astype(jnp.float32) / _expand(scale, block, shape)
