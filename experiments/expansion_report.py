@@ -31,19 +31,22 @@ _BELOW = {
 Curve = Mapping[str, Any]
 
 
-def write(workdir: Path) -> None:
+def write(workdir: Path) -> bool:
     """`study.json`: every evaluation of every arm and seed; `study.csv`, `study.md`: means and deviations; `study.png`: curves.
 
-    Runs that are not complete yet count as far as they are: all are cut to the evaluations that all have.
+    Runs that are not complete yet count as far as they are: all are cut to the evaluations that all have. Returns whether there was
+    anything to write. Device and versions in `study.json` are those of the process that writes it.
     """
     homes = {int(path.name.removeprefix("seed_")): path for path in sorted(workdir.glob("seed_*"))}
     names = sorted({path.parent.name for home in homes.values() for path in home.glob(f"*/{INITIAL}")} - {UNEXPANDED})
     base = {seed: curve(home / BASE) for seed, home in homes.items()}
     runs = {arm: {seed: curve(home / arm) for seed, home in homes.items()} for arm in (UNEXPANDED, *names)}
     runs = {arm: {seed: run for seed, run in of.items() if len(run.get("step", ())) > 1} for arm, of in runs.items()}
+    # Arms are told less the unexpanded model of the same seed.
+    runs = {arm: {seed: run for seed, run in of.items() if seed in runs[UNEXPANDED]} for arm, of in runs.items()}
     runs = {arm: of for arm, of in runs.items() if of}
-    if not runs.get(UNEXPANDED):
-        return
+    if not runs:
+        return False
     shortest = min(len(run["step"]) for of in runs.values() for run in of.values())
     runs = {arm: {seed: {k: v[:shortest] for k, v in run.items()} for seed, run in of.items()} for arm, of in runs.items()}
     versions = {name: metadata.version(name) for name in _PACKAGES} | {"python": platform.python_version()}
@@ -58,6 +61,7 @@ def write(workdir: Path) -> None:
     picture = io.BytesIO()
     draw(base, runs).savefig(picture, dpi=110)
     replace(workdir / "study.png", picture.getvalue())
+    return True
 
 
 def gain_of_last_fifth(run: Curve) -> float:
@@ -172,4 +176,7 @@ def _band(axis: Any, curves: Sequence[Curve], name: str, colour: str, label: str
 
 
 if __name__ == "__main__":  # python -m experiments.expansion_report WORKDIR: of a study that is not complete
-    write(Path(sys.argv[1]))
+    if len(sys.argv) != 2 or not write(Path(sys.argv[1])):
+        sys.exit(
+            "error: no study to report; use python -m experiments.expansion_report WORKDIR once its unexpanded model was evaluated twice."
+        )
