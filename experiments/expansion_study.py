@@ -122,7 +122,7 @@ class Run:
         return self.after is None or self.after.is_done
 
 
-def share(runs: Sequence[Run], report: Callable[[], None]) -> None:
+def share(runs: Sequence[Run], report: Callable[[], object]) -> None:
     """Does all runs that no other process does, `report` after each, and returns when all are done, whoever did them."""
     while left := [run for run in runs if not run.is_done]:
         for run in filter(lambda run: run.is_ready, left):

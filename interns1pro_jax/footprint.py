@@ -216,9 +216,8 @@ def train_seconds(
 ) -> tuple[float, str]:
     """Seconds of a training step and what takes most of them. `frozen` weights have no gradients."""
     forward, attention = tokens * text_flops(text, length), tokens * attention_flops(text, length)
-    again = forward - (attention if "attention" in remat else 0)
     # The gradients of attention compute the scores again, those of long rows twice (`pallas_kernels.attention`).
-    again += attention * (0.5 if length <= 16384 else 1.5)
+    again = forward - (attention if "attention" in remat else 0) + attention * (0.5 if length <= 16384 else 1.5)
     compute = ((2 if frozen else 3) * forward + again) / (hardware.peak * COMPUTE_EFFICIENCY[hardware.name])
     d, f = text.hidden_size, text.moe_intermediate_size
     together = 2 - moe_chunks % 2
