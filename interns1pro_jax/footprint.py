@@ -24,10 +24,10 @@ TASKS = ("train", "sft", "lora", "rl", "serve")
 
 # Share of the peak at which a device computes: that of v5p fits the compiled schedules of docs/pods_report.md, that of tpu7x one schedule;
 # those of v5e and v6e are assumed.
-COMPUTE_EFFICIENCY = {"v5e": 0.6, "v5p": 0.635, "v6e": 0.6, "tpu7x": 0.5}
-# Share of the time of the links in which nothing is computed, with tokens that go through the experts in one part, and in two together:
-# fits the same schedules of v5p. The network between slices was in none of them.
-EXPOSED = {1: 0.65, 2: 0.27}
+COMPUTE_EFFICIENCY = {"v5e": 0.6, "v5p": 0.635, "v6e": 0.6, "tpu7x": 0.55}
+# Share of the time of the links in which nothing is computed, with tokens that go through the experts in one part, and in two together,
+# by the same schedules: on tpu7x XLA starts the gathers where their results are needed. The network between slices was in none of them.
+EXPOSED = {chip: {1: 0.8, 2: 0.8} if chip == "tpu7x" else {1: 0.65, 2: 0.27} for chip in COMPUTE_EFFICIENCY}
 # Share of HBM that a plan fills at most; the rest is for the runtime and for what is not modelled.
 FULLEST = 0.92
 LORA_RANK = 16
@@ -223,18 +223,21 @@ def train_seconds(
     together = 2 - moe_chunks % 2
     passes = 2 if frozen else 2 + together  # the gradients of two parts that go together are scattered apart
     experts, projections = text.num_experts // mesh.expert * 3 * d * f, 2 * d * (text.num_attention_heads + text.num_key_value_heads)
-    gathered = (
-        2 * text.num_moe_layers * (passes * experts + (2 if frozen else 3) * projections * text.head_dim) * (mesh.fsdp - 1) / mesh.fsdp
-    )
-    exchanged = 5 * 2 * text.num_moe_layers * tokens * mesh.expert * d * (mesh.expert - 1) / mesh.expert
+    if not frozen:
+        # From pair to pair of parts the gradients of all experts are added up: XLA estimates 14 times what reading them once takes.
+        compute += (moe_chunks // together - 1) * text.num_moe_layers * 14 * 2 * experts / hardware.bandwidth
+    weights = passes * experts + (2 if frozen else 3) * projections * text.head_dim
+    gathered = 2 * text.num_moe_layers * weights * (mesh.fsdp - 1) / mesh.fsdp
+    chips = max(mesh.expert // hardware.devices_per_chip, 1)  # devices of one chip are of one expert group, and share its links
+    exchanged = 5 * 2 * text.num_moe_layers * tokens * mesh.expert * d * (chips - 1) / chips
     # An expert group takes one dimension of the torus, the rest of the mesh the others.
     dims = 2 if hardware.wraps_from == 16 else 3
     share = 2 * hardware.link / hardware.devices_per_chip
-    links = {"links of fsdp": gathered / (share * (dims - 1)), "links of expert": exchanged / share}
+    links = {"links of fsdp": gathered / (share * (dims - 1)), "links of expert": exchanged / (2 * hardware.link)}
     if mesh.data > 1:
         links["network between slices"] = 2 * 4 * sum_parameters(text) / math.prod(mesh.sizes.values()) * mesh.data / hardware.slice_link
     times = links | {"computing": compute}
-    return compute + EXPOSED[together] * sum(links.values()), max(times, key=lambda name: times[name])
+    return compute + EXPOSED[hardware.name][together] * sum(links.values()), max(times, key=lambda name: times[name])
 
 
 def sum_parameters(text: TextConfig) -> int:
