@@ -33,6 +33,9 @@ _COMPILE_ONLY = flags.DEFINE_bool("compile_only", False, "Compile the step for t
 # Errors of XLA that would come again. All others are taken for a device, a network or another process that failed.
 _LASTING = ("INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "UNIMPLEMENTED")
 
+# Where gin goes on with lines of its own in what an error says.
+_OF_GIN = "\n  In call to configurable"
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -75,8 +78,8 @@ def run(workdir: Path, compile_only: bool = False) -> None:
         check_writable(workdir)
         launch(workdir, compile_only)
     except (ConfigError, CheckpointError, DataError, BadStepError) as error:
-        notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-        sys.exit(f"error: {error}{notes}")
+        notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()) if "\n" not in note)  # a note of JAX has more lines
+        sys.exit(f"error: {str(error).partition(_OF_GIN)[0]}{notes}")
     except jax.errors.JaxRuntimeError as error:
         if compile_only or str(error).startswith(_LASTING):
             raise

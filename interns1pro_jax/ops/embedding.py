@@ -20,7 +20,11 @@ def embed(table_VD: Float[Array, "V D"], tokens_BT: Int[Array, "B T"], dtype: ja
     Few tokens (decoding, small batches) every device looks up for all, in its part of the width, and the results are exchanged. A batch
     of more tokens than the table has rows would make every device look up all of it: then the table is gathered, and each device looks
     up its own tokens.
+
+    Raises:
+      ConfigError: batch or sequence does not divide over the mesh.
     """
+    sharding.check_divisible("tokens", tokens_BT.shape, ("batch", "sequence"))
     if tokens_BT.size <= table_VD.shape[0]:
         ids = sharding.constrain(tokens_BT, "replica", "sequence")
         x_BTD = table_VD.at[ids].get(out_sharding=sharding.spec("replica", "sequence", "embed"))

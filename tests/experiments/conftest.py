@@ -5,7 +5,6 @@ from typing import Any
 import gin
 import pytest
 
-from experiments import bindings, launch
 from interns1pro_jax.config import ModelConfig
 from interns1pro_jax.data.corpus import Corpus
 from interns1pro_jax.data.encoding import DocumentEncoder
@@ -16,13 +15,13 @@ from interns1pro_jax.data.plan import PipelineConfig
 from interns1pro_jax.data.preparation import PreparationConfig, write_documents
 from interns1pro_jax.tokenizer.base import model_token_ids
 from interns1pro_jax.tokenizer.byte_bpe import ByteBpeTokenizer
+from tests import recipes
 from tests.data.conftest import WORDS, make_document
 
 
 @pytest.fixture(scope="session")
 def registered():
-    bindings.register()
-    gin.add_config_file_search_path(str(launch.ROOT))
+    recipes.register()
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,8 @@ from pathlib import Path
 import gin
 import jax
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 
 from experiments import launch
 from interns1pro_jax.config import ModelConfig
@@ -93,22 +95,50 @@ def test_what_was_being_done_is_part_of_the_line(tmp_path, monkeypatch):
         launch.run(tmp_path)
 
 
+CONTRADICTIONS = {
+    "devices": ("pretrain_v5p_512", ["MeshConfig.fsdp = 32"], "fsdp=32 x context=1 x expert=8 needs 256 devices, but 512 are available"),
+    "experts": ("pretrain_v5p_512", ["MeshConfig.expert = 16", "MeshConfig.fsdp = 32"], "expert=16 must divide router_n_groups=8"),
+    "batch": ("pretrain_v5p_512", ["PipelineConfig.batch_size = 1000"], "size 1000 .* does not divide over the mesh axes"),
+    "topology": ("pretrain_v5p_512", ["MeshConfig.topology = 'v5p:8x8x8x8'"], "libtpu does not know the topology 'v5p:8x8x8x8'"),
+    "memory": (
+        "pretrain_v6e_1024",
+        ["MeshConfig.slices = 1", "MeshConfig.fsdp = 32", "OptimizerConfig.moment_dtype = 'float32'"],
+        r"parameters, gradients and optimizer alone need 5\d\.\d GiB of each of 256 devices, which have 31.25",
+    ),
+    "sequence": (
+        "text_v5p_1024",
+        ["MeshConfig.fsdp = 32", "MeshConfig.context = 4", "RowSize.tokens = 4098"],
+        r"'sequence' of size 4098 .* does not divide over the mesh axes context=4",
+    ),
+    "sequence in chunks": (
+        "text_v5p_1024",
+        ["MeshConfig.fsdp = 32", "MeshConfig.context = 4", "RowSize.tokens = 4092"],
+        "rows of 4092 tokens do not divide into 8 chunks, two for each device of the mesh axis context=4",
+    ),
+    "tokens": (
+        "text_v5p_1024",
+        ["StepConfig.moe_chunks = 3"],
+        r"moe_chunks=3: the 4096 tokens of a device \(1024 rows of 4096 on 1024 x 1 devices\) do not divide into 3 multiples of 128",
+    ),
+    "microbatches": (
+        "text_v5p_1024",
+        ["StepConfig.microbatches = 2"],
+        r"microbatches=2: an array of 1024 rows .* on each of 1024 devices .* must be a multiple of 2048",
+    ),
+    "dtypes": ("text_v5p_1024", ["OptimizerConfig.stochastic_rounding = False"], "parameters in bfloat16 cannot be trained"),
+    "options": ("text_v5p_1024", ["StepConfig.remat = 'some'"], r"StepConfig\.remat='some' is unknown; use one of none, full"),
+}
+
+
 @pytest.mark.skipif(not aot.can_compile(), reason="the devices of a TPU pod come from libtpu (Linux on x86-64)")
-@pytest.mark.parametrize(
-    ("recipe", "params", "message"),
-    [
-        ("pretrain_v5p_512", ["MeshConfig.fsdp = 32"], "fsdp=32 x context=1 x expert=8 needs 256 devices, but 512 are available"),
-        ("pretrain_v5p_512", ["MeshConfig.expert = 16", "MeshConfig.fsdp = 32"], "expert=16 must divide router_n_groups=8"),
-        ("pretrain_v5p_512", ["PipelineConfig.batch_size = 1000"], "size 1000 .* does not divide over the mesh axes"),
-        ("pretrain_v5p_512", ["MeshConfig.topology = 'v5p:8x8x8x8'"], "libtpu does not know the topology 'v5p:8x8x8x8'"),
-        (
-            "pretrain_v6e_1024",
-            ["MeshConfig.slices = 1", "MeshConfig.fsdp = 32", "OptimizerConfig.moment_dtype = 'float32'"],
-            r"parameters, gradients and optimizer alone need 5\d\.\d GiB of each of 256 devices, which have 31.25",
-        ),
-    ],
-)
-def test_compile_only_refuses_contradictions_at_once(tmp_path, recipe, params, message):
-    launch.parse([str(launch.ROOT / f"configs/recipes/{recipe}.gin")], params)
-    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
-        launch.run(tmp_path, compile_only=True)
+@pytest.mark.parametrize("contradiction", CONTRADICTIONS)
+def test_compile_only_refuses_contradictions_at_once(tmp_path, monkeypatch, contradiction):
+    """The command ends with one line that has the numbers, and nothing was compiled."""
+    recipe, params, message = CONTRADICTIONS[contradiction]
+    monkeypatch.setattr(launch.bindings, "register", lambda: None)  # they are
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda *_: pytest.fail("something was compiled"))
+    flags.FLAGS.mark_as_parsed()
+    given = dict(gin_file=[f"configs/recipes/{recipe}.gin"], gin_param=params, workdir=str(tmp_path), compile_only=True)
+    with flagsaver.flagsaver(**given), pytest.raises(SystemExit, match=f"^error: .*{message}") as stop:
+        launch.main(["launch"])
+    assert "\n" not in str(stop.value.code)
