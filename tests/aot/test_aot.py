@@ -73,6 +73,12 @@ def test_a_program_that_is_kept_is_compiled_again_only_if_it_changed(tmp_path, m
     assert again.seconds != first.seconds and again.collectives == first.collectives
 
 
+def test_what_does_not_fit_is_told_with_its_size():
+    mesh = aot.pod_mesh(TOPOLOGIES["v6e"], fsdp=8)
+    with pytest.raises(ConfigError, match=r"the program does not fit the memory of a device: .*1\.00T.*31\.25G.*; use more devices"):
+        compiled(mesh, lambda x: x.reshape(1, -1)[..., : 2**19] * jnp.sin(x).reshape(-1, 1)[: 2**19])
+
+
 def test_what_a_loop_repeats_is_told_from_what_happens_once(mesh):
     def function(x):
         x = jax.lax.fori_loop(0, 3, lambda _, x: jax.lax.psum(jnp.sin(x), "fsdp"), x)

@@ -113,3 +113,32 @@ def test_loads_the_next_block_that_is_visited():
     seen = jnp.array([[False, True, False, True, False], [False] * 5])
     np.testing.assert_array_equal(attention._following(seen, 1), [[1, 1, 3, 3, 3], [0] * 5])
     np.testing.assert_array_equal(attention._following(seen.T, 0), [[1, 0], [1, 0], [3, 0], [3, 0], [3, 0]])
+
+
+@pytest.mark.parametrize("tiling", [SHORT, LONG], ids=["short", "long"])
+def test_no_block_of_queries_spans_two_runs(tiling, monkeypatch):
+    """The first of two devices that share the row has its first and last chunk: a block of both would visit all keys between them."""
+    index = np.concatenate([ROW[:128], ROW[-128:]])
+    blocks = []
+
+    def recorded(tables):
+        def record(q_segment, kv_segment, q_index, queries, keys, causal):
+            blocks.append(queries)
+            return tables(q_segment, kv_segment, q_index, queries, keys, causal)
+
+        return record
+
+    for name in ("_seen", "_sight"):
+        monkeypatch.setattr(attention, name, recorded(getattr(attention, name)))
+    wide = dataclasses.replace(tiling, forward=(256, 256, 128), backward=(256, 128, 128), gradient=(256, 128))
+
+    def loss(q, k, v, runs):
+        ids, places = jnp.asarray(SEGMENTS[None]), jnp.asarray(index[None])
+        return attention.attention(
+            q, k, v, ids[:, index], ids, places, causal=True, scale=1.0, tiling=wide, runs=runs, interpret=True
+        ).sum()  # fmt: skip
+
+    for runs in (1, 2):
+        blocks.clear()
+        jax.eval_shape(jax.grad(functools.partial(loss, runs=runs), argnums=(0, 1, 2)), *operands(index)[:3])
+        assert len(blocks) >= 2 and {*blocks} == {256 // runs}

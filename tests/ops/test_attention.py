@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from interns1pro_jax.ops import attention
+from interns1pro_jax.ops import attention, context
 from interns1pro_jax.ops.attention import dot_product_attention, dot_product_attention_reference
 from interns1pro_jax.sharding import constrain, make_mesh
+from pallas_kernels.chips import CHIPS
 
 B, Q, K, H = 2, 4, 2, 8
 SEGMENTS = np.array([[1] * 70 + [2] * 60 + [0] * 20, [0] * 9 + [3] * 141])  # T = 150: several spans, no multiple of anything
@@ -99,3 +100,35 @@ def test_split_over_eight_devices():
         for x, y in zip(got, wanted, strict=True):
             assert x.sharding.spec[0] == ("data", "fsdp", "expert")
             np.testing.assert_allclose(np.asarray(x), y, rtol=1e-5, atol=4e-5)
+
+
+def test_rows_split_over_devices_equal_whole_rows(monkeypatch):
+    """By what the kernel is given on a chip: its queries, two runs of the row, know where they stand among whole keys."""
+    ranks, length, given = 2, 512, []
+
+    def kernel(q, k, v, q_segment, kv_segment, index, *, causal, scale, tiling, runs, name):
+        given.append((q.shape[1], k.shape[1], runs))
+        return dot_product_attention_reference(
+            q, k, v, q_segment_ids=q_segment, kv_segment_ids=kv_segment, q_index=index, causal=causal, scale=scale
+        )  # fmt: skip
+
+    monkeypatch.setattr(attention, "current_chip", lambda: CHIPS["v5p"])
+    monkeypatch.setattr(attention.tpu, "attention", kernel)
+    inputs = arrays(length, length)
+    segments = jnp.asarray(np.repeat(SEGMENTS, 4, 1)[:, :length])
+    wanted = value_and_gradients(dot_product_attention_reference, *inputs, q_segment_ids=segments, kv_segment_ids=segments, causal=True)
+    with jax.set_mesh(make_mesh(context=ranks)):
+        q, k, v, grad = (context.balance(constrain(x, "batch", "sequence", None, None)) for x in inputs)
+        ids = context.balance(constrain(segments, "batch", "sequence"))
+        got = value_and_gradients(dot_product_attention, q, k, v, grad, q_segment_ids=ids, kv_segment_ids=segments, causal=True)
+        for x, y in zip(got, wanted, strict=True):
+            np.testing.assert_allclose(context.reading_order(x), y, rtol=1e-5, atol=4e-5)
+    assert {*given} == {(length // ranks, length, 2)}
+
+
+def test_places_of_queries_are_not_given_where_rows_are_split():
+    with jax.set_mesh(make_mesh(context=2)):
+        q, k, v, _ = (constrain(x, "batch", "sequence", None, None) for x in arrays(16, 16))
+        ids = jnp.ones((B, 16), jnp.int32)
+        with pytest.raises(ValueError, match="q_index with keys that are split over the mesh axis context"):
+            dot_product_attention(q, k, v, q_segment_ids=ids, kv_segment_ids=ids, q_index=ids, causal=True)

@@ -20,6 +20,7 @@ from interns1pro_jax.train.feed import place_batch
 from interns1pro_jax.train.objective import MEAN_OVER_TOKENS, Counts, Objective, auxiliary_loss, loss_function
 from interns1pro_jax.train.state import init_state
 from interns1pro_jax.train.step import StepConfig, make_train_step
+from pallas_kernels.routing_reference import CHUNK
 from tests.tiny import multimodal, multimodal_batch, text_config, text_only
 
 BY_ROW = RouterConfig(balance_coef=0.1, balance_over="row", z_coef=0.01)
@@ -28,9 +29,9 @@ RATE = 1024.0
 DESCENT = Optimizer(optax.identity(), constant(RATE))
 
 
-def packed_batch() -> Batch:
+def packed_batch(length: int = 24) -> Batch:
     """Eight rows of two documents and padding."""
-    batch = multimodal_batch(multimodal())
+    batch = multimodal_batch(multimodal(), length=length)
     tokens = np.minimum(batch.inputs.tokens, 89)
     return Batch(ModelInputs(tokens, batch.inputs.positions, batch.inputs.segment_ids), batch.labels)
 
@@ -58,6 +59,22 @@ def test_accumulated_equals_the_whole_batch():
     labels = np.where(np.arange(8)[:, None] % 4 == 1, -100, batch.labels)
     batch = dataclasses.replace(batch, labels=labels)
     assert_equal(gradients(config, batch, microbatches=4), gradients(config, batch))
+
+
+def test_chunks_and_rematerialisation_change_nothing_together():
+    config, batch = text_only(router=BY_ROW, num_hidden_layers=2), packed_batch(CHUNK)
+    mesh = dict(fsdp=2, expert=2)  # two rows to a device, a chunk each
+    assert_equal(gradients(config, batch, mesh, moe_chunks=2, remat="attention"), gradients(config, batch, mesh))
+
+
+def test_a_batch_of_padding_has_no_loss_and_no_gradient():
+    """Records that cannot be read leave padding; a batch of nothing else is passed over without harm."""
+    router = RouterConfig(balance_coef=0.1, balance_in_group_coef=0.2, z_coef=0.01, z_in_group_coef=0.02)
+    batch = packed_batch()
+    empty = Batch(dataclasses.replace(batch.inputs, segment_ids=np.zeros_like(batch.inputs.segment_ids)), np.full_like(batch.labels, -100))
+    metrics, found = gradients(text_only(router=router), empty, objective=Objective("square"))
+    assert metrics["loss"] == metrics["objective"] == metrics["grad_norm"] == metrics["tokens"] == 0 and metrics["applied"]
+    assert all((x == 0).all() for x in jax.tree.leaves(found)) and not any(np.isnan(x).any() for x in metrics.values())
 
 
 def unpacked(batch: Batch) -> Batch:
