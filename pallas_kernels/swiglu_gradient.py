@@ -21,8 +21,7 @@ def swiglu_gradient(
     """Gradients of `weight * silu(gate) * up` with respect to `gate_up_MN` (gate and, right of it, up) and `weights_M`, from that of the
     result, computed in float32; F = N / 2 a multiple of 128. They have the dtypes of what they are gradients of."""
     num_rows, columns = grad_MF.shape
-    row_bytes = (2 * gate_up_MN.shape[1] + columns) * gate_up_MN.dtype.itemsize + 2 * _LANES * 4
-    rows = min(max(_VMEM // row_bytes // _PACK, 1), 32) * _PACK
+    rows, row_bytes = block_rows(gate_up_MN.shape[1], gate_up_MN.dtype.itemsize)
     weights = jnp.broadcast_to(weights_M.astype(jnp.float32)[:, None], (num_rows, _LANES))
 
     def block(width: int) -> pl.BlockSpec:
@@ -43,6 +42,12 @@ def swiglu_gradient(
         name="swiglu_gradient",
     )(gate_up_MN, weights, grad_MF)
     return grad_gate_up_MN, grad_weights.sum(1).astype(weights_M.dtype)
+
+
+def block_rows(columns: int, itemsize: int) -> tuple[int, int]:
+    """Rows of a block of the kernel, and bytes of a row of all operands and results, for so many columns of gate and up together."""
+    row_bytes = (2 * columns + columns // 2) * itemsize + 2 * _LANES * 4
+    return min(max(_VMEM // row_bytes // _PACK, 1), 32) * _PACK, row_bytes
 
 
 def _kernel(gate_up, weights, grad, grad_gate_up, grad_weights) -> None:  # type: ignore[no-untyped-def]

@@ -6,6 +6,7 @@
     python -m tools.kernel_report --kernel plain                      # plain matrix products, whose work is known
     python -m tools.kernel_report --kernel routing                    # the router's kernels beside what XLA estimates for plain jax.numpy
     python -m tools.kernel_report --kernel rotary                     # norm and rotary encoding of queries and keys, beside the same
+    python -m tools.kernel_report --kernel attention                  # attention forward and its gradients, causal
     python -m tools.kernel_report --keep compiled                     # a second time: only what changed is compiled
     python -m tools.kernel_report --output kernel_report              # also report.md, report.json and report.png there
 
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 elif kernel == "fp8":
                     runner.grouped(registry.FP8, chips, fp8.products(products), arguments.rows, arguments.sizes)
                 else:
-                    runner.others(kernel, registry.OTHERS[kernel](), chips)
+                    runner.others(kernel, registry.OTHERS[kernel], chips)
     except CompileError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

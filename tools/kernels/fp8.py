@@ -117,7 +117,7 @@ def _program(product: Product, tiling: ScaledTiling, chip: Chip, compilation: Co
     return Program(tuple(tuple(step for part in share for step in steps(part)) for share in parts))
 
 
-def scaled_sums() -> list[Case]:
+def scaled_sums(_chip: Chip) -> list[Case]:
     """A product as the FP8 matrix units would make it, with everything in vector memory: only compiled."""
     return [
         Case(f"scaled sums {rows} rows", functools.partial(_launch_sums, rows), Work(2.0 * rows * 4096 * 512, 0.0)) for rows in (128, 256)

@@ -20,7 +20,7 @@ _SIZE = 4096
 _TILINGS = ((512, 512, 512), (512, 1024, 1024), (1024, 512, 1024))
 
 
-def cases() -> list[Case]:
+def cases(_chip: Chip) -> list[Case]:
     """Products of two [4096, 4096] matrices in tiles of rows, contracted and result's columns."""
     work = Work(2.0 * _SIZE**3, 2.0 * 3 * _SIZE**2)
     return [

@@ -195,11 +195,11 @@ class Runner:
             for kind in sizes:
                 self._model(chip, kernel, case, (product.name, count, kind), group_sizes(count, kind), total)
 
-    def others(self, kernel: str, cases: Sequence[Case], chips: Sequence[Chip]) -> None:
+    def others(self, kernel: str, cases: Callable[[Chip], list[Case]], chips: Sequence[Chip]) -> None:
         """A kernel without groups of rows."""
-        for chip in chips:
-            for case in cases:
-                self._model(chip, kernel, case, (case.name, 0, ""), np.zeros(0, int), len(cases) * len(chips))
+        plan = [(chip, case) for chip in chips for case in cases(chip)]
+        for chip, case in plan:
+            self._model(chip, kernel, case, (case.name, 0, ""), np.zeros(0, int), len(plan))
 
     def _model(self, chip: Chip, kernel: str, case: Case, cell: tuple[str, int, str], sizes: np.ndarray, total: int) -> None:
         compilation = self._compiled(chip, kernel, case, total)

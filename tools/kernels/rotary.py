@@ -21,7 +21,7 @@ _ROWS, _TOKENS = 3, 4096
 _TOKEN = 2 * rotary.LANES  # bytes of a head of a token
 
 
-def cases() -> list[Case]:
+def cases(_chip: Chip) -> list[Case]:
     """Forward and backward, with tables for every key head. The least work moves every operand and result once."""
     found = []
     for name, copies in (("norm and rotary", 2), ("gradient of norm and rotary", 3)):

@@ -24,7 +24,7 @@ _EXPERTS, _GROUPS = 512, 8
 _SIZES = ((4096, 1), (8192, 1), (4096, 2))  # tokens of a device, choices per group
 
 
-def cases() -> list[Case]:
+def cases(_chip: Chip) -> list[Case]:
     """Choice and gradient. The least work is to read the logits once, and to write their gradient once."""
     found = []
     for tokens, chosen in _SIZES:

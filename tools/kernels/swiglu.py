@@ -1,8 +1,10 @@
-"""Gate and up projection with SwiGLU and the rows' weights: the fused kernel, and the product followed by XLA's elementwise pass."""
+"""Gate and up projection with SwiGLU and the rows' weights: the fused kernel, the product followed by XLA's elementwise pass, and the
+kernel of SwiGLU's gradients."""
 
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +12,13 @@ import numpy as np
 
 from pallas_kernels import chips, grouped_product
 from pallas_kernels.grouped_product import ProductTiling
+from pallas_kernels.swiglu_gradient import block_rows, swiglu_gradient
 from pallas_kernels.tiling import WEIGHT, product_tiling
 from tools.kernels import ours
 from tools.kernels.cases import Case, Work
 from tools.kernels.chips import Chip
 from tools.kernels.compile import Compilation, Launch
+from tools.kernels.pipeline import Visit, pipelined
 from tools.kernels.products import GROUPS, PRODUCTS, group_sizes
 from tools.kernels.simulate import Program, Step
 
@@ -24,7 +28,7 @@ _ROWS = (8192, 32768, 65536)
 _BYTES = 2  # of a bfloat16
 
 
-def cases() -> list[Case]:
+def cases(_chip: Chip) -> list[Case]:
     """Fused and not, for random sizes of groups. The least work moves rows, matrices and the hidden rows once."""
     found = []
     for rows in _ROWS:
@@ -32,7 +36,7 @@ def cases() -> list[Case]:
         work = Work(_PRODUCT.work(rows).flops, float(moved))
         for name, launch, program in (("swiglu", _launch_fused, _fused), ("product, then swiglu", _launch_product, _product)):
             found.append(Case(f"{name}, {rows} rows", functools.partial(launch, rows), work, functools.partial(program, rows)))
-    return found
+    return found + [_gradient(rows) for rows in _ROWS]
 
 
 def _fused_tiling(rows: int, chip: Chip) -> ProductTiling:
@@ -68,6 +72,25 @@ def _product(rows: int, chip: Chip, compilation: Compilation, _sizes: np.ndarray
     assert program is not None
     elementwise = Step(issues=(("elementwise", float(rows * 3 * _HIDDEN * _BYTES / chip.cores)),))
     return _around(None, program(chip, compilation, group_sizes(rows, "rnd")), elementwise)
+
+
+def _gradient(rows: int) -> Case:
+    """The least work reads gate, up, the result's gradient and the weights, and writes gradients of what was read."""
+    gate_up, grad = (jax.ShapeDtypeStruct((rows, width), jnp.bfloat16) for width in (_PRODUCT.n, _HIDDEN))
+    work = Work(0.0, float(rows * (_BYTES * (2 * _PRODUCT.n + _HIDDEN) + 2 * 4)))
+    launch = Launch(swiglu_gradient, (gate_up, jax.ShapeDtypeStruct((rows,), jnp.float32), grad))
+    return Case(f"gradient of swiglu, {rows} rows", lambda _chip: launch, work, functools.partial(_gradient_program, rows))
+
+
+def _gradient_program(rows: int, chip: Chip, compilation: Compilation, _sizes: np.ndarray) -> Program:
+    """A visit per block of rows. XLA spreads the weights over a register's width first, and sums their gradients over it in the end."""
+    spread = float(rows * WEIGHT / chip.cores)
+    block, row = block_rows(_PRODUCT.n, _BYTES)
+    read = float(block * (_BYTES * (_PRODUCT.n + _HIDDEN) + WEIGHT))
+    (loop,) = (region for region in compilation.main.root.children if region.kind == "loop")
+    visits = [Visit(loop.total.cycles, 0.0, {"in": (i, read)}, (i, block * row - read)) for i in range(math.ceil(rows / block))]
+    cores = (pipelined([visits[i] for i in share], {"in": 2}) for share in np.array_split(np.arange(len(visits)), chip.cores))
+    return _around(Step(issues=(("spread", spread),)), Program(tuple(cores)), Step(issues=(("summed", spread),)))
 
 
 def _around(before: Step | None, program: Program, behind: Step | None) -> Program:

@@ -1,0 +1,89 @@
+"""The report on attention kernels: which blocks are visited, what their steps take, and that their work is what the timeline counts."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from interns1pro_jax.train import hlo, hlo_cost
+from pallas_kernels import attention as kernels
+from pallas_kernels.attention_gradient import HIDDEN, PARTLY, WHOLLY
+from tools.kernels import attention
+from tools.kernels.chips import CHIPS
+from tools.kernels.schedule import Counts, Region, Schedule, ScheduleError
+
+TOKENS, HEADS = 2048, 16  # query heads of a key head
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(128, 128), (512, 256), (256, 512)])
+def test_visited_blocks_are_those_that_the_kernels_are_told(queries, keys):
+    segment, index = jnp.ones(TOKENS, jnp.int32), jnp.arange(TOKENS)
+    found = attention.sight(TOKENS, queries, keys)
+    assert {*found.ravel()} == {HIDDEN, PARTLY, WHOLLY}
+    np.testing.assert_array_equal(found, kernels._sight(segment, segment, index, queries, keys, True))
+    np.testing.assert_array_equal(found > HIDDEN, kernels._seen(segment, segment, index, queries, keys, True))
+
+
+def region(kind, start, end, cycles, *inside, matmuls=0):
+    """A region with so many cycles of its own; each product takes 100 cycles of the matrix units."""
+    of = [child.total for child in inside]
+    matmuls += sum(counts.matmuls for counts in of)
+    return Region(kind, start, end, inside, Counts(0, cycles + sum(counts.cycles for counts in of), matmuls, 100.0 * matmuls, 0, 0, 0))
+
+
+BEGIN, END = region("branch", 3, 5, 100_000), region("branch", 90, 95, 1_000_000)
+
+
+def kernel(*inside):
+    """What holds products is inside the grid's loop, between what begins and what ends a sum."""
+    return Schedule("toy", region("kernel", 0, 100, 9, region("loop", 1, 98, 3, region("branch", 2, 97, 4, BEGIN, *inside, END))))
+
+
+WAY = region("branch", 10, 20, 1000, matmuls=5)
+FORWARD = kernel(WAY)
+_CHUNKS = (region("branch", 12, 20, 1000, matmuls=5), region("branch", 21, 30, 2000, matmuls=5))
+GRADIENT = kernel(region("branch", 10, 40, 0, region("loop", 11, 39, 20, *_CHUNKS)))
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(512, 256), (256, 512)])
+def test_steps_take_what_their_blocks_take(queries, keys):
+    """Of 16 heads that share keys. A block counts if a query of it sees a key of it, and needs no mask if all see all."""
+    blocks = np.tril(np.ones((TOKENS, TOKENS), bool)).reshape(TOKENS // queries, queries, TOKENS // keys, keys)
+    rows, chunks, visited, whole = TOKENS // queries, TOKENS // keys, blocks.any((1, 3)).sum(), blocks.all((1, 3)).sum()
+    seen = attention.sight(TOKENS, queries, keys)
+    forward = list(attention.forward_visits(seen, queries, keys, FORWARD, 2.0, 0))
+    gradient = list(attention.gradient_visits(seen, queries, keys, GRADIENT, 2.0, 0))
+    assert (len(forward), len(gradient)) == (HEADS * rows * chunks, HEADS * rows)
+    assert sum(visit.cycles for visit in forward) == HEADS * (rows * 1_100_000 + rows * chunks * 7 + visited * 1000)
+    assert sum(visit.cycles for visit in gradient) == 1_100_000 + HEADS * (rows * 7 + visited * 2020 - whole * 1000)
+    for visits in (forward, gradient):
+        assert sum(visit.flops for visit in visits) == HEADS * visited * 500 * 2.0
+    # Every query is read and every result written once, and no block of keys is loaded for a step that does not visit it.
+    loads = [visit.inputs["k and v"][0] for visit in forward]
+    assert sum(now != before for now, before in zip(loads[1:], loads[:-1], strict=True)) <= HEADS * visited
+    assert len({visit.output[0] for visit in forward}) == len({visit.output[0] for visit in gradient}) == HEADS * rows
+
+
+def test_a_schedule_of_another_form_is_an_error():
+    seen = attention.sight(TOKENS, 512, 256)
+    with pytest.raises(ScheduleError, match="1 loops around 1 regions of products and 3 without, expected 1, 1 and 2"):
+        list(attention.forward_visits(seen, 512, 256, kernel(region("branch", 6, 8, 1), WAY), 2.0, 0))
+
+
+@pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
+def test_work_is_what_the_timeline_counts(chip):
+    for case in attention.cases(chip):
+        launch = case.launch(chip)
+        if "gradient" in case.name:
+            (flops,) = re.findall(r"cost_estimate=CostEstimate\(flops=(\d+)", str(jax.make_jaxpr(launch.function)(*launch.arguments)))
+            assert int(flops) == case.work.flops
+            continue
+        tokens = launch.arguments[0].shape[1]
+        queries, keys = kernels._TILINGS[chip.name].forward[:2]
+        table = f"s8[1,{tokens // queries},{tokens // keys}]{{2,1,0}}"
+        heads = ", ".join(f"bf16[{x.shape[2]},{tokens},128]{{2,1,0}}" for x in launch.arguments[:3])
+        call = f"custom-call(%a), operand_layout_constraints={{{table}, {table}, {heads}}}, backend_config={{}}"
+        text = f"ENTRY %main (a: f32[]) -> f32[] {{\n  %a = f32[] parameter(0)\n  ROOT %splash_mha_fwd.1 = bf16[1] {call}\n}}"
+        assert hlo_cost.product_flops(hlo.computations(text))[1] == case.work.flops

@@ -1,0 +1,159 @@
+"""The attention kernels of a training step at the released model's sizes: splash forward, with what its backward pass needs, and this
+project's kernel for the gradients, each for one row that is one document.
+
+Work is what `interns1pro_jax.train.hlo_cost.kernel_cost` counts, so that a ratio here is what `train.timeline` multiplies its bound
+with: the products of all blocks of scores that are visited, those on the diagonal whole.
+
+A schedule does not know which blocks are visited, since tables in scalar memory say so. But each way through a kernel is a region of its
+own, so a step of the grid takes the sum of its parts: what every step takes, and besides what it takes to begin or end a sum, and each
+block that it visits. Splash has one way through a block, masked or not, and takes a step for each block that it does not visit, too. The
+kernel of the gradients has one way with a mask, for chunks of keys on the diagonal, and one without, and its inner loop runs over the
+chunks that it visits.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from interns1pro_jax.config import ModelConfig
+from pallas_kernels import attention, chips
+from pallas_kernels.attention_gradient import HIDDEN, LANES, PARTLY, WHOLLY
+from tools.kernels.cases import Case, Work
+from tools.kernels.chips import Chip
+from tools.kernels.compile import Compilation, Launch
+from tools.kernels.pipeline import Visit, pipelined
+from tools.kernels.schedule import Region, Schedule, ScheduleError
+from tools.kernels.simulate import Program
+
+_TEXT = ModelConfig().text
+_Q, _K, _H = _TEXT.num_attention_heads, _TEXT.num_key_value_heads, _TEXT.head_dim
+_SHARE = _Q // _K  # query heads of a key head
+_BF16, _F32, _SUBLANES = 2, 4, 8
+Visits = Callable[[np.ndarray, int, int, Schedule, float, int], Iterator[Visit]]
+
+
+def cases(chip: Chip) -> list[Case]:
+    """Rows of 4,096 tokens, and forward of 32,768, whose gradients do not fit the vector memory of v5p."""
+    tiling = attention.tiling_of(chips.CHIPS[chip.name])
+    return [
+        *(_case("attention", tokens, tiling.forward, 2, 1, _launch_forward, forward_visits) for tokens in (4096, 32768)),
+        _case("gradient of attention", 4096, tiling.gradient, 5, 2, _launch_gradient, gradient_visits),
+    ]
+
+
+def _case(name: str, tokens: int, blocks: tuple[int, ...], products: int, over_width: int, launch, visits: Visits) -> Case:  # type: ignore[no-untyped-def]
+    """Of `products` of a block `over_width` contract over the width of a head, which matrix units do in whole tiles; in the others it may
+    be the rows that are streamed. Keys, values and each of the queries' arrays are moved once."""
+    queries, keys = blocks[:2]
+    seen = sight(tokens, queries, keys)
+    copies = {2: (2, 2, 1), 5: (3, 4, 2)}[products]  # of arrays like the queries, like the keys, and of a number per query
+    moved = tokens * (_BF16 * _H * (copies[0] * _Q + copies[1] * _K) + _F32 * _Q * copies[2])
+    work = Work(2.0 * products * _Q * _H * queries * keys * int(np.sum(seen > HIDDEN)), float(moved))
+
+    def program(chip: Chip, compilation: Compilation, _sizes: np.ndarray) -> Program:
+        of_cycle = chip.flops[work.dtype] / chip.cores / chip.clock
+        cores = (
+            [visit for head in share for visit in visits(seen, queries, keys, compilation.main, of_cycle, int(head))]
+            for share in np.array_split(np.arange(_K), chip.cores)
+        )
+        return Program(tuple(pipelined(core, dict.fromkeys(core[0].inputs, 2)) for core in cores))
+
+    def least_flops(chip: Chip, _sizes: np.ndarray) -> float:
+        return work.flops * (1 + (max(chip.depth / _H, 1) - 1) * over_width / products)
+
+    title = f"{name}, {tokens} tokens, blocks of {' x '.join(map(str, blocks))}"
+    return Case(title, functools.partial(launch, tokens), work, program, least_flops)
+
+
+def sight(tokens: int, queries: int, keys: int) -> np.ndarray:
+    """What the queries of each block see of each block of keys in a row that is one document, int [blocks, blocks of keys]."""
+    first, start = np.arange(0, tokens, queries)[:, None], np.arange(0, tokens, keys)
+    return np.where(start + keys <= first + 1, WHOLLY, np.where(start < first + queries, PARTLY, HIDDEN))
+
+
+def forward_visits(seen: np.ndarray, queries: int, keys: int, schedule: Schedule, of_cycle: float, head: int) -> Iterator[Visit]:
+    """Of the query heads of a key head. Segments and indices are spread over registers' width, and so are the denominators."""
+    (grid,), (block,), begin, end = _regions(schedule, loops=1, ways=1)
+    always = grid.total.cycles - begin - block.total.cycles - end
+    last = seen.shape[1] - 1
+    for of_head in range(_SHARE):
+        for row, states in enumerate(seen):
+            end_of_row = int(np.flatnonzero(states > HIDDEN)[-1])
+            for chunk, state in enumerate(states):
+                at, visited = min(chunk, end_of_row), state > HIDDEN
+                cycles = always + begin * (chunk == 0) + block.total.cycles * visited + end * (chunk == last)
+                inputs = {
+                    "q": ((head, of_head, row), float(_BF16 * _H * queries)),
+                    "k and v": ((head, at), float(2 * _BF16 * _H * keys)),
+                    "places of q": (row, float(2 * _F32 * LANES * queries)),
+                    "segments of k": (at, float(_F32 * _SUBLANES * keys)),
+                }
+                written = float(queries * (_BF16 * _H + _F32 * LANES))
+                yield Visit(cycles, block.total.matrix_cycles * visited * of_cycle, inputs, ((head, of_head, row), written))
+
+
+def gradient_visits(seen: np.ndarray, queries: int, keys: int, schedule: Schedule, of_cycle: float, head: int) -> Iterator[Visit]:
+    """Of the query heads of a key head, behind the last of which the gradients of keys and values are written."""
+    (grid, inner), ways, begin, end = _regions(schedule, loops=2, ways=2)
+    always = grid.total.cycles - begin - inner.total.cycles - end
+    plain, masked = sorted(ways, key=lambda way: way.total.cycles)
+    between = inner.total.cycles - plain.total.cycles - masked.total.cycles
+    of_keys = float(2 * _BF16 * _H * keys * seen.shape[1])
+    for of_head in range(_SHARE):
+        for row, states in enumerate(seen):
+            passes = [{WHOLLY: plain, PARTLY: masked}[state] for state in states if state > HIDDEN]
+            first, last = (of_head, row) == (0, 0), (of_head, row) == (_SHARE - 1, len(seen) - 1)
+            cycles = always + begin * first + sum(between + way.total.cycles for way in passes) + end * last
+            inputs = {
+                "q": ((head, of_head, row), float(queries * 2 * (_BF16 * _H + _F32))),
+                "k and v": (head, of_keys),
+                "places of q": (row, float(2 * _F32 * queries)),
+                "segments of k": (0, float(_F32 * LANES * keys * seen.shape[1])),
+            }
+            written = float(_BF16 * _H * queries) + of_keys * last
+            yield Visit(cycles, sum(way.total.matrix_cycles for way in passes) * of_cycle, inputs, ((head, of_head, row), written))
+
+
+def _regions(schedule: Schedule, loops: int, ways: int) -> tuple[list[Region], list[Region], int, int]:
+    """Loops around all products, outermost first; the regions that hold products; cycles of what begins and what ends a sum.
+
+    Raises:
+      ScheduleError: there are not so many loops and ways through a block, or not two regions without products.
+    """
+    hot, regions = schedule.hot_regions(), list(schedule.root.walk())
+    around = [region for region in regions if region.kind == "loop" and all(region.start <= x.start and x.end <= region.end for x in hot)]
+    ends = [region.total.cycles for region in regions if region.kind == "branch" and not (region.children or region.total.matmuls)]
+    if (len(around), len(hot), len(ends)) != (loops, ways, 2):
+        raise ScheduleError(
+            f"kernel {schedule.name} has {len(around)} loops around {len(hot)} regions of products and {len(ends)} without, expected "
+            f"{loops}, {ways} and 2:\n{schedule.root.tree()}"
+        )
+    return around, hot, *ends
+
+
+def _launch_forward(tokens: int, chip: Chip) -> Launch:
+    heads = (jax.ShapeDtypeStruct((1, tokens, count, _H), jnp.bfloat16) for count in (_Q, _K, _K))
+    return Launch(_passes(chip), (*heads, *(jax.ShapeDtypeStruct((1, tokens), jnp.int32),) * 2))
+
+
+def _launch_gradient(tokens: int, chip: Chip) -> Launch:
+    """Given what the forward pass has kept."""
+    forward = _launch_forward(tokens, chip)
+    out, pullback = jax.eval_shape(forward.function, *forward.arguments)
+    return Launch(lambda pullback, grad: pullback(grad), (pullback, out))
+
+
+def _passes(chip: Chip):  # type: ignore[no-untyped-def]
+    """The forward pass, which returns the backward one too."""
+    tiling = attention.tiling_of(chips.CHIPS[chip.name])
+    call = functools.partial(attention.attention, causal=True, scale=_H**-0.5, tiling=tiling)
+
+    def function(q, k, v, segment, index):  # type: ignore[no-untyped-def]
+        return jax.vjp(lambda *heads: call(*heads, segment, segment, index), q, k, v)
+
+    return function
