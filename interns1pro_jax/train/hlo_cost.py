@@ -17,7 +17,6 @@ _ARRAY = re.compile(r"\w+\[[\d,]*\]")
 # Products of a query block with a key block: scores and values; the backward computes the scores again and four gradients, in two kernels
 # that both compute scores and the gradient of the weights.
 _SPLASH = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
-_ATTENTION_GRADIENT = "attention_gradient"  # of `pallas_kernels.attention_gradient`
 _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 # The kernels of `pallas_kernels.permutation`, which the scalar unit does number by number.
 _PERMUTATIONS = ("permute", "invert")
@@ -30,11 +29,10 @@ _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "whil
 
 @dataclasses.dataclass(frozen=True)
 class KernelCost:
-    """FLOPs and bytes of a Pallas kernel, and whether it is one of attention."""
+    """FLOPs and bytes of a Pallas kernel."""
 
     flops: int
     bytes: int
-    attention: bool = False
 
 
 def kernel_cost(instruction: Instruction) -> KernelCost | None:
@@ -42,7 +40,7 @@ def kernel_cost(instruction: Instruction) -> KernelCost | None:
     if instruction.opcode != "custom-call":
         return None
     if found := _KERNEL.search(instruction.attributes):
-        return KernelCost(int(found[1]), int(found[2]), attention=_ATTENTION_GRADIENT in instruction.name)
+        return KernelCost(int(found[1]), int(found[2]))
     products = next((count for name, count in _SPLASH.items() if instruction.name.startswith(name)), None)
     operands = _OPERANDS.search(instruction.attributes)
     if products is None or operands is None:
@@ -53,7 +51,7 @@ def kernel_cost(instruction: Instruction) -> KernelCost | None:
     # how many there are.
     seen = (1 + 1 / min(size for size in blocks if size > 1)) / 2 if max(blocks) > 1 else 1.0
     flops = int(products * 2 * queries * length * keys * width * seen)
-    return KernelCost(flops, bytes_of(operands[1]) + bytes_of(instruction.type), attention=True)
+    return KernelCost(flops, bytes_of(operands[1]) + bytes_of(instruction.type))
 
 
 def permuted_numbers(instruction: Instruction) -> int:

@@ -25,9 +25,13 @@ from pallas_kernels.chips import CHIPS
 
 # Time of the grouped products over their roofline (docs/kernels.md, 65,536 rows).
 KERNEL_TIME_OVER_BOUND = {"v5e": 1.1, "v5p": 1.062, "v6e": 1.114, "tpu7x": 1.139}
-# Of attention: an assumption, not read off schedules. Heads of 128 fill the matrix units of v5e and v5p and half of those of v6e and
-# tpu7x, and scores pass through the vector units for their exponentials.
-ATTENTION_TIME_OVER_BOUND = {"v5e": 1.6, "v5p": 1.6, "v6e": 2.8, "tpu7x": 2.8}
+# Of attention (docs/kernels.md, rows of 4,096 tokens; v5e from the cycles of v5p): heads of 128 fill half of the matrix units of v6e and
+# tpu7x, and scores pass through the vector units. Splash's gradients, of rows whose keys do not fit in vector memory, are an assumption.
+ATTENTION_TIME_OVER_BOUND = {
+    "splash_mha_fwd": {"v5e": 1.42, "v5p": 1.42, "v6e": 3.61, "tpu7x": 3.73},
+    "attention_gradient": {"v5e": 1.16, "v5p": 1.16, "v6e": 2.22, "tpu7x": 2.25},
+    "splash_mha_d": {"v5e": 1.6, "v5p": 1.6, "v6e": 2.8, "tpu7x": 2.8},
+}
 # Of the norm and rotary encoding of queries and keys, whose vector operations take longer than its bytes (docs/kernels.md); v5e from the
 # cycles of v5p.
 ROTARY_TIME_OVER_BOUND = {
@@ -160,9 +164,8 @@ class Player:
         clock = CHIPS[hardware.name].clock
         if cost := kernel_cost(instruction):
             bound = max(cost.flops / hardware.peak, cost.bytes / hardware.bandwidth)
-            rotary = (over for name, over in ROTARY_TIME_OVER_BOUND.items() if name in instruction.name)
-            over = ATTENTION_TIME_OVER_BOUND if cost.attention else next(rotary, KERNEL_TIME_OVER_BOUND)
-            return over[hardware.name] * bound, True
+            own = (over for name, over in (ATTENTION_TIME_OVER_BOUND | ROTARY_TIME_OVER_BOUND).items() if name in instruction.name)
+            return next(own, KERNEL_TIME_OVER_BOUND)[hardware.name] * bound, True
         if numbers := permuted_numbers(instruction):
             return _PERMUTATION_CYCLES * numbers / clock, True
         found = _CYCLES.search(instruction.attributes)

@@ -26,23 +26,26 @@ def test_visited_blocks_are_those_that_the_kernels_are_told(queries, keys):
     np.testing.assert_array_equal(found > HIDDEN, kernels._seen(segment, segment, index, queries, keys, True))
 
 
-def region(kind, start, end, cycles, *inside, matmuls=0):
-    """A region with so many cycles of its own; each product takes 100 cycles of the matrix units."""
+def region(kind, start, end, cycles, *inside, matmuls=0, transfers=0):
+    """A region with so many cycles and transfers of its own; each product takes 100 cycles of the matrix units."""
     of = [child.total for child in inside]
     matmuls += sum(counts.matmuls for counts in of)
-    return Region(kind, start, end, inside, Counts(0, cycles + sum(counts.cycles for counts in of), matmuls, 100.0 * matmuls, 0, 0, 0))
+    return Region(
+        kind, start, end, inside, Counts(0, cycles + sum(counts.cycles for counts in of), matmuls, 100.0 * matmuls, 0, 0, transfers)
+    )
 
 
 BEGIN, END = region("branch", 3, 5, 100_000), region("branch", 90, 95, 1_000_000)
 
 
-def kernel(*inside):
+def kernel(*inside, transfers=0):
     """What holds products is inside the grid's loop, between what begins and what ends a sum."""
-    return Schedule("toy", region("kernel", 0, 100, 9, region("loop", 1, 98, 3, region("branch", 2, 97, 4, BEGIN, *inside, END))))
+    step = region("branch", 2, 97, 4, BEGIN, *inside, END)
+    return Schedule("toy", region("kernel", 0, 100, 9, region("loop", 1, 98, 3, step, transfers=transfers)))
 
 
 WAY = region("branch", 10, 20, 1000, matmuls=5)
-FORWARD = kernel(WAY)
+FORWARD = kernel(WAY, transfers=2)
 _CHUNKS = (region("branch", 12, 20, 1000, matmuls=5), region("branch", 21, 30, 2000, matmuls=5))
 GRADIENT = kernel(region("branch", 10, 40, 0, region("loop", 11, 39, 20, *_CHUNKS)))
 
@@ -63,6 +66,7 @@ def test_steps_take_what_their_blocks_take(queries, keys):
     # Every query is read and every result written once, and no block of keys is loaded for a step that does not visit it.
     loads = [visit.inputs["k and v"][0] for visit in forward]
     assert sum(now != before for now, before in zip(loads[1:], loads[:-1], strict=True)) <= HEADS * visited
+    assert {len(visit.inputs) for visit in attention.forward_visits(seen, queries, keys, kernel(WAY, transfers=1), 2.0, 0)} == {1}
     assert len({visit.output[0] for visit in forward}) == len({visit.output[0] for visit in gradient}) == HEADS * rows
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from interns1pro_jax.flops import HARDWARE
 from interns1pro_jax.train import aot, hlo, hlo_cost
-from interns1pro_jax.train.timeline import KERNEL_TIME_OVER_BOUND, Player
+from interns1pro_jax.train.timeline import ATTENTION_TIME_OVER_BOUND, KERNEL_TIME_OVER_BOUND, ROTARY_TIME_OVER_BOUND, Player
 
 # A loop of 7 whose body multiplies [8, 16] by [16, 32], with a gather over groups of two that goes on meanwhile, and one that does not.
 TEXT = """HloModule step, is_scheduled=true
@@ -95,6 +95,21 @@ class TestTimes:
         assert np.isclose(times.waiting, 7 * (transfer + max(0, transfer - cycles / CLOCK)))
         assert np.isclose(times.step, times.compute + times.waiting)
 
+    @pytest.mark.parametrize(
+        ("name", "over"),
+        [
+            ("splash_mha_fwd_segmented_residuals.18", ATTENTION_TIME_OVER_BOUND["splash_mha_fwd"]),
+            ("splash_mha_dkv_segmented.2", ATTENTION_TIME_OVER_BOUND["splash_mha_d"]),
+            ("attention_gradient", ATTENTION_TIME_OVER_BOUND["attention_gradient"]),
+            ("norm_and_rotary.1", ROTARY_TIME_OVER_BOUND["norm_and_rotary"]),
+            ("norm_and_rotary_gradient.1", ROTARY_TIME_OVER_BOUND["norm_and_rotary_gradient"]),
+        ],
+    )
+    def test_kernels_of_known_schedules_are_known_by_name(self, name, over):
+        text = TEXT.replace("CYCLES", "1").replace("%kernel", f"%{name}")
+        times = Player(text, aot.pod_mesh("v5p:2x2x2", fsdp=4, expert=2), HARDWARE["v5p"]).times()
+        assert np.isclose(times.kernels, over["v5p"] * 4_000_000 / HARDWARE["v5p"].peak)
+
     def test_a_whole_dimension_of_the_torus_has_two_links_and_a_part_has_one(self):
         collective = hlo.Collective("", "all-gather", "", 2**30, ("expert",), 1, True)
         link = HARDWARE["v5p"].link
@@ -118,9 +133,3 @@ def test_attention_kernels_cost_half_of_all_scores_and_the_diagonal():
   ROOT %splash_mha_fwd_residuals.1 = bf16[64,4096,128] custom-call(%a), operand_layout_constraints={{{operands}}}, backend_config={{}}
 }}"""
     assert hlo_cost.product_flops(hlo.computations(text)) == (0, 2 * 2 * 64 * 4096 * 4096 * 128 * 10 / 16)
-
-
-def test_gradients_of_attention_are_known_by_name():
-    text = TEXT.replace("%kernel", "%attention_gradient.3")
-    kernels = [cost for i in hlo.computations(text)["main"].values() if (cost := hlo_cost.kernel_cost(i))]
-    assert kernels == [hlo_cost.KernelCost(4_000_000, 1000, attention=True)]

@@ -13,6 +13,7 @@ chunks that it visits.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 
@@ -22,11 +23,11 @@ import numpy as np
 
 from interns1pro_jax.config import ModelConfig
 from pallas_kernels import attention, chips
-from pallas_kernels.attention_gradient import HIDDEN, LANES, PARTLY, WHOLLY
+from pallas_kernels.attention_gradient import HIDDEN, LANES, PARTLY, WHOLLY, attention_gradient
 from tools.kernels.cases import Case, Work
 from tools.kernels.chips import Chip
 from tools.kernels.compile import Compilation, Launch
-from tools.kernels.pipeline import Visit, pipelined
+from tools.kernels.pipeline import Block, Visit, pipelined
 from tools.kernels.schedule import Region, Schedule, ScheduleError
 from tools.kernels.simulate import Program
 
@@ -34,40 +35,57 @@ _TEXT = ModelConfig().text
 _Q, _K, _H = _TEXT.num_attention_heads, _TEXT.num_key_value_heads, _TEXT.head_dim
 _SHARE = _Q // _K  # query heads of a key head
 _BF16, _F32, _SUBLANES = 2, 4, 8
-Visits = Callable[[np.ndarray, int, int, Schedule, float, int], Iterator[Visit]]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pass:
+    """A kernel.
+
+    Attributes:
+      products: of a block; `over_width` of them contract over the width of a head, which matrix units do in whole tiles. In the others the
+        width may be that of the rows that are streamed.
+      arrays: that are moved once: of the queries' shape, of the keys', and of a number per query.
+      launch: for so many tokens.
+      visits: of the heads that share keys, from what is seen of the blocks, their queries and keys, the schedule, operations of a cycle,
+        and the key head.
+    """
+
+    name: str
+    products: int
+    over_width: int
+    arrays: tuple[int, int, int]
+    launch: Callable[[int, Chip], Launch]
+    visits: Callable[[np.ndarray, int, int, Schedule, float, int], Iterator[Visit]]
 
 
 def cases(chip: Chip) -> list[Case]:
     """Rows of 4,096 tokens, and forward of 32,768, whose gradients do not fit the vector memory of v5p."""
     tiling = attention.tiling_of(chips.CHIPS[chip.name])
-    return [
-        *(_case("attention", tokens, tiling.forward, 2, 1, _launch_forward, forward_visits) for tokens in (4096, 32768)),
-        _case("gradient of attention", 4096, tiling.gradient, 5, 2, _launch_gradient, gradient_visits),
-    ]
+    forward = _Pass("attention", 2, 1, (2, 2, 1), _launch_forward, forward_visits)
+    gradient = _Pass("gradient of attention", 5, 2, (3, 4, 2), _launch_gradient, gradient_visits)
+    return [_case(forward, 4096, tiling.forward), _case(gradient, 4096, tiling.gradient), _case(forward, 32768, tiling.forward)]
 
 
-def _case(name: str, tokens: int, blocks: tuple[int, ...], products: int, over_width: int, launch, visits: Visits) -> Case:  # type: ignore[no-untyped-def]
-    """Of `products` of a block `over_width` contract over the width of a head, which matrix units do in whole tiles; in the others it may
-    be the rows that are streamed. Keys, values and each of the queries' arrays are moved once."""
+def _case(of: _Pass, tokens: int, blocks: tuple[int, ...]) -> Case:
     queries, keys = blocks[:2]
     seen = sight(tokens, queries, keys)
-    copies = {2: (2, 2, 1), 5: (3, 4, 2)}[products]  # of arrays like the queries, like the keys, and of a number per query
-    moved = tokens * (_BF16 * _H * (copies[0] * _Q + copies[1] * _K) + _F32 * _Q * copies[2])
-    work = Work(2.0 * products * _Q * _H * queries * keys * int(np.sum(seen > HIDDEN)), float(moved))
+    like_queries, like_keys, numbers = of.arrays
+    moved = tokens * (_BF16 * _H * (like_queries * _Q + like_keys * _K) + _F32 * _Q * numbers)
+    work = Work(2.0 * of.products * _Q * _H * queries * keys * int(np.sum(seen > HIDDEN)), float(moved))
 
     def program(chip: Chip, compilation: Compilation, _sizes: np.ndarray) -> Program:
         of_cycle = chip.flops[work.dtype] / chip.cores / chip.clock
         cores = (
-            [visit for head in share for visit in visits(seen, queries, keys, compilation.main, of_cycle, int(head))]
+            [visit for head in share for visit in of.visits(seen, queries, keys, compilation.main, of_cycle, int(head))]
             for share in np.array_split(np.arange(_K), chip.cores)
         )
         return Program(tuple(pipelined(core, dict.fromkeys(core[0].inputs, 2)) for core in cores))
 
     def least_flops(chip: Chip, _sizes: np.ndarray) -> float:
-        return work.flops * (1 + (max(chip.depth / _H, 1) - 1) * over_width / products)
+        return work.flops * (1 + (max(chip.depth / _H, 1) - 1) * of.over_width / of.products)
 
-    title = f"{name}, {tokens} tokens, blocks of {' x '.join(map(str, blocks))}"
-    return Case(title, functools.partial(launch, tokens), work, program, least_flops)
+    title = f"{of.name}, {tokens} tokens, blocks of {' x '.join(map(str, blocks))}"
+    return Case(title, functools.partial(of.launch, tokens), work, program, least_flops)
 
 
 def sight(tokens: int, queries: int, keys: int) -> np.ndarray:
@@ -77,7 +95,8 @@ def sight(tokens: int, queries: int, keys: int) -> np.ndarray:
 
 
 def forward_visits(seen: np.ndarray, queries: int, keys: int, schedule: Schedule, of_cycle: float, head: int) -> Iterator[Visit]:
-    """Of the query heads of a key head. Segments and indices are spread over registers' width, and so are the denominators."""
+    """Of the query heads of a key head. Segments and indices are spread over registers' width, and so are the denominators. Where keys and
+    these fit, XLA keeps them in vector memory, as it does in a step, and the loop starts transfers of queries alone."""
     (grid,), (block,), begin, end = _regions(schedule, loops=1, ways=1)
     always = grid.total.cycles - begin - block.total.cycles - end
     last = seen.shape[1] - 1
@@ -87,12 +106,11 @@ def forward_visits(seen: np.ndarray, queries: int, keys: int, schedule: Schedule
             for chunk, state in enumerate(states):
                 at, visited = min(chunk, end_of_row), state > HIDDEN
                 cycles = always + begin * (chunk == 0) + block.total.cycles * visited + end * (chunk == last)
-                inputs = {
-                    "q": ((head, of_head, row), float(_BF16 * _H * queries)),
-                    "k and v": ((head, at), float(2 * _BF16 * _H * keys)),
-                    "places of q": (row, float(2 * _F32 * LANES * queries)),
-                    "segments of k": (at, float(_F32 * _SUBLANES * keys)),
-                }
+                inputs: dict[str, Block] = {"q": ((head, of_head, row), float(_BF16 * _H * queries))}
+                if grid.own.transfers > 1:
+                    inputs["k and v"] = (head, at), float(2 * _BF16 * _H * keys)
+                    inputs["places of q"] = row, float(2 * _F32 * LANES * queries)
+                    inputs["segments of k"] = at, float(_F32 * _SUBLANES * keys)
                 written = float(queries * (_BF16 * _H + _F32 * LANES))
                 yield Visit(cycles, block.total.matrix_cycles * visited * of_cycle, inputs, ((head, of_head, row), written))
 
@@ -109,7 +127,7 @@ def gradient_visits(seen: np.ndarray, queries: int, keys: int, schedule: Schedul
             passes = [{WHOLLY: plain, PARTLY: masked}[state] for state in states if state > HIDDEN]
             first, last = (of_head, row) == (0, 0), (of_head, row) == (_SHARE - 1, len(seen) - 1)
             cycles = always + begin * first + sum(between + way.total.cycles for way in passes) + end * last
-            inputs = {
+            inputs: dict[str, Block] = {
                 "q": ((head, of_head, row), float(queries * 2 * (_BF16 * _H + _F32))),
                 "k and v": (head, of_keys),
                 "places of q": (row, float(2 * _F32 * queries)),
@@ -133,27 +151,27 @@ def _regions(schedule: Schedule, loops: int, ways: int) -> tuple[list[Region], l
             f"kernel {schedule.name} has {len(around)} loops around {len(hot)} regions of products and {len(ends)} without, expected "
             f"{loops}, {ways} and 2:\n{schedule.root.tree()}"
         )
-    return around, hot, *ends
+    begin, end = ends
+    return around, hot, begin, end
 
 
 def _launch_forward(tokens: int, chip: Chip) -> Launch:
+    """By way of its derivative, so that what the backward pass needs is kept."""
+    tiling = attention.tiling_of(chips.CHIPS[chip.name])
+
+    def function(q, k, v, segment, index):  # type: ignore[no-untyped-def]
+        def call(q, k, v):  # type: ignore[no-untyped-def]
+            return attention.attention(q, k, v, segment, segment, index, causal=True, scale=_H**-0.5, tiling=tiling)
+
+        return jax.vjp(call, q, k, v)
+
     heads = (jax.ShapeDtypeStruct((1, tokens, count, _H), jnp.bfloat16) for count in (_Q, _K, _K))
-    return Launch(_passes(chip), (*heads, *(jax.ShapeDtypeStruct((1, tokens), jnp.int32),) * 2))
+    return Launch(function, (*heads, *(jax.ShapeDtypeStruct((1, tokens), jnp.int32),) * 2))
 
 
 def _launch_gradient(tokens: int, chip: Chip) -> Launch:
-    """Given what the forward pass has kept."""
-    forward = _launch_forward(tokens, chip)
-    out, pullback = jax.eval_shape(forward.function, *forward.arguments)
-    return Launch(lambda pullback, grad: pullback(grad), (pullback, out))
-
-
-def _passes(chip: Chip):  # type: ignore[no-untyped-def]
-    """The forward pass, which returns the backward one too."""
-    tiling = attention.tiling_of(chips.CHIPS[chip.name])
-    call = functools.partial(attention.attention, causal=True, scale=_H**-0.5, tiling=tiling)
-
-    def function(q, k, v, segment, index):  # type: ignore[no-untyped-def]
-        return jax.vjp(lambda *heads: call(*heads, segment, segment, index), q, k, v)
-
-    return function
+    q, k = (jax.ShapeDtypeStruct((count, tokens, _H), jnp.bfloat16) for count in (_Q, _K))
+    number, place = jax.ShapeDtypeStruct((_Q, tokens), jnp.float32), jax.ShapeDtypeStruct((tokens,), jnp.int32)
+    queries, keys = attention.tiling_of(chips.CHIPS[chip.name]).gradient
+    seen = jax.ShapeDtypeStruct((tokens // queries, tokens // keys), jnp.int32)
+    return Launch(functools.partial(attention_gradient, causal=True), (q, k, k, q, number, number, place, place, place, seen))

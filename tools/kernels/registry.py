@@ -21,5 +21,6 @@ OTHERS: dict[str, Callable[[Chip], list[Case]]] = {
     "rotary": rotary.cases,
     "fp8_sums": fp8.scaled_sums,
     "swiglu": swiglu.cases,
+    "swiglu_gradient": swiglu.gradients,
     "attention": attention.cases,
 }

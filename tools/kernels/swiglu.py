@@ -25,7 +25,7 @@ from tools.kernels.simulate import Program, Step
 _PRODUCT = PRODUCTS["up_fwd"]
 _HIDDEN = _PRODUCT.n // 2
 _ROWS = (8192, 32768, 65536)
-_BYTES = 2  # of a bfloat16
+_BYTES, _WEIGHT_BYTES = 2, 4  # of a bfloat16, and of a row's weight
 
 
 def cases(_chip: Chip) -> list[Case]:
@@ -36,7 +36,7 @@ def cases(_chip: Chip) -> list[Case]:
         work = Work(_PRODUCT.work(rows).flops, float(moved))
         for name, launch, program in (("swiglu", _launch_fused, _fused), ("product, then swiglu", _launch_product, _product)):
             found.append(Case(f"{name}, {rows} rows", functools.partial(launch, rows), work, functools.partial(program, rows)))
-    return found + [_gradient(rows) for rows in _ROWS]
+    return found
 
 
 def _fused_tiling(rows: int, chip: Chip) -> ProductTiling:
@@ -74,15 +74,21 @@ def _product(rows: int, chip: Chip, compilation: Compilation, _sizes: np.ndarray
     return _around(None, program(chip, compilation, group_sizes(rows, "rnd")), elementwise)
 
 
-def _gradient(rows: int) -> Case:
-    """The least work reads gate, up, the result's gradient and the weights, and writes gradients of what was read."""
+def _around(before: Step | None, program: Program, behind: Step | None) -> Program:
+    return Program(tuple(([before] if before else []) + list(steps) + ([behind] if behind else []) for steps in program.cores))
+
+
+def gradients(_chip: Chip) -> list[Case]:
+    """The kernel of SwiGLU's gradients. The least work reads gate, up, the result's gradient and the weights, and writes the gradients of
+    all but the third."""
+    rows = _ROWS[-1]
     gate_up, grad = (jax.ShapeDtypeStruct((rows, width), jnp.bfloat16) for width in (_PRODUCT.n, _HIDDEN))
-    work = Work(0.0, float(rows * (_BYTES * (2 * _PRODUCT.n + _HIDDEN) + 2 * 4)))
+    work = Work(0.0, float(rows * (_BYTES * (2 * _PRODUCT.n + _HIDDEN) + 2 * _WEIGHT_BYTES)))
     launch = Launch(swiglu_gradient, (gate_up, jax.ShapeDtypeStruct((rows,), jnp.float32), grad))
-    return Case(f"gradient of swiglu, {rows} rows", lambda _chip: launch, work, functools.partial(_gradient_program, rows))
+    return [Case(f"gradient of swiglu, {rows} rows", lambda _chip: launch, work, functools.partial(_gradients, rows))]
 
 
-def _gradient_program(rows: int, chip: Chip, compilation: Compilation, _sizes: np.ndarray) -> Program:
+def _gradients(rows: int, chip: Chip, compilation: Compilation, _sizes: np.ndarray) -> Program:
     """A visit per block of rows. XLA spreads the weights over a register's width first, and sums their gradients over it in the end."""
     spread = float(rows * WEIGHT / chip.cores)
     block, row = block_rows(_PRODUCT.n, _BYTES)
@@ -91,7 +97,3 @@ def _gradient_program(rows: int, chip: Chip, compilation: Compilation, _sizes: n
     visits = [Visit(loop.total.cycles, 0.0, {"in": (i, read)}, (i, block * row - read)) for i in range(math.ceil(rows / block))]
     cores = (pipelined([visits[i] for i in share], {"in": 2}) for share in np.array_split(np.arange(len(visits)), chip.cores))
     return _around(Step(issues=(("spread", spread),)), Program(tuple(cores)), Step(issues=(("summed", spread),)))
-
-
-def _around(before: Step | None, program: Program, behind: Step | None) -> Program:
-    return Program(tuple(([before] if before else []) + list(steps) + ([behind] if behind else []) for steps in program.cores))
