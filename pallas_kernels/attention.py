@@ -1,5 +1,5 @@
-"""Attention on TPU: the splash kernels that come with JAX, visiting only blocks of scores that the row's documents need, and a kernel of
-our own for the gradients where a row's keys fit in vector memory.
+"""Attention on TPU: the splash kernels that come with JAX, visiting only blocks of scores that the row's documents need, and kernels of
+our own where a row's keys fit in vector memory.
 
 Splash computes the scores of a block of queries and a block of keys at a time, forward and backward, and takes from tables in scalar
 memory which blocks to visit. Its own tables come from a mask that is known when the program is traced. Here they are made on the
@@ -23,7 +23,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes, Segment
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SplashAttentionKernel
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
-from pallas_kernels.attention_gradient import HIDDEN, PARTLY, WHOLLY, attention_gradient, vmem_bytes
+from pallas_kernels import attention_forward, attention_gradient
+from pallas_kernels.attention_gradient import HIDDEN, PARTLY, WHOLLY
 from pallas_kernels.chips import CHIPS, MIB, Chip
 
 LANES = 128
@@ -39,12 +40,14 @@ class Tiling:
 
     Attributes:
       forward, backward: of splash: queries, keys that are loaded together, and keys of one product.
+      short: of `attention_forward`: queries, and keys of a chunk; None where splash takes less.
       gradient: of `attention_gradient`: queries, and keys of one product.
-      vmem: bytes of vector memory that `attention_gradient` may take; rows for which it would take more have splash's backward.
+      vmem: bytes of vector memory that these may take; rows for which they would take more have splash's.
     """
 
     forward: tuple[int, int, int]
     backward: tuple[int, int, int]
+    short: tuple[int, int] | None
     gradient: tuple[int, int]
     vmem: int
 
@@ -52,10 +55,10 @@ class Tiling:
 # Splash's compile within the vector memory that XLA gives a kernel by default (v5e, for which only short rows were compiled, as v5p). The
 # blocks of the gradients were chosen by hand from a few compiled schedules of rows of 4,096, and nothing was tuned on a chip.
 _TILINGS = {
-    "v5e": Tiling((1024, 1024, 512), (512, 1024, 512), (512, 512), CHIPS["v5e"].vmem - MIB),
-    "v5p": Tiling((1024, 1024, 512), (512, 1024, 512), (512, 512), CHIPS["v5p"].vmem - MIB),
-    "v6e": Tiling((1024, 2048, 512), (1024, 1024, 512), (1024, 512), CHIPS["v6e"].vmem - MIB),
-    "tpu7x": Tiling((1024, 2048, 512), (1024, 1024, 512), (1024, 512), CHIPS["tpu7x"].vmem - MIB),
+    "v5e": Tiling((1024, 1024, 512), (512, 1024, 512), None, (512, 512), CHIPS["v5e"].vmem - MIB),
+    "v5p": Tiling((1024, 1024, 512), (512, 1024, 512), None, (512, 512), CHIPS["v5p"].vmem - MIB),
+    "v6e": Tiling((1024, 2048, 512), (1024, 1024, 512), (1024, 1024), (1024, 512), CHIPS["v6e"].vmem - MIB),
+    "tpu7x": Tiling((1024, 2048, 512), (1024, 1024, 512), (1024, 1024), (1024, 512), CHIPS["tpu7x"].vmem - MIB),
 }
 
 
@@ -111,9 +114,10 @@ def attention(
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """Blocks and options of a row; `gradient` are queries and keys of a block of `attention_gradient`, None where splash's are used."""
+    """Blocks and options of a row; `forward` and `gradient` are queries and keys of a block of our kernels, None where splash is used."""
 
     splash: BlockSizes
+    forward: tuple[int, int] | None
     gradient: tuple[int, int] | None
     causal: bool
     name: str | None
@@ -131,22 +135,25 @@ def _plan(queries: int, k_BSKH: jax.Array, tiling: Tiling, causal: bool, name: s
     kv = fit(keys, kv)
     sizes = BlockSizes(fit(queries, q), kv, fit(kv, compute))
     gradient = fit(queries, tiling.gradient[0]), fit(keys, tiling.gradient[1])
-    if vmem_bytes(keys, width, k_BSKH.dtype.itemsize, *gradient) <= tiling.vmem:
-        return _Plan(sizes, gradient, causal, name, interpret)
+    if attention_gradient.vmem_bytes(keys, width, k_BSKH.dtype.itemsize, *gradient) <= tiling.vmem:
+        forward = None if tiling.short is None else (fit(queries, tiling.short[0]), fit(keys, tiling.short[1]))
+        if forward and attention_forward.vmem_bytes(keys, width, k_BSKH.dtype.itemsize, *forward) > tiling.vmem:
+            forward = None
+        return _Plan(sizes, forward, gradient, causal, name, interpret)
     q, kv, compute = tiling.backward
     q, kv = fit(queries, q), fit(keys, kv)
     sizes = dataclasses.replace(sizes, block_q_dkv=q, block_kv_dkv=kv, block_kv_dkv_compute=fit(kv, compute), block_q_dq=q, block_kv_dq=kv)
-    return _Plan(sizes, None, causal, name, interpret)
+    return _Plan(sizes, None, None, causal, name, interpret)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(plan: _Plan, *arrays: jax.Array) -> jax.Array:
-    (out_QTH,) = _splash(plan, *arrays, residuals=False)
+    out_QTH, *_ = _splash(plan, *arrays, residuals=False) if plan.forward is None else _whole_row(plan, plan.forward, *arrays)
     return out_QTH
 
 
 def _forward(plan: _Plan, *arrays: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    out_QTH, log_z_QT = _splash(plan, *arrays, residuals=True)
+    out_QTH, log_z_QT = _splash(plan, *arrays, residuals=True) if plan.forward is None else _whole_row(plan, plan.forward, *arrays)
     if plan.name is not None:
         out_QTH, log_z_QT = checkpoint_name(out_QTH, plan.name), checkpoint_name(log_z_QT, plan.name)
     return out_QTH, (*arrays, out_QTH, log_z_QT)
@@ -159,7 +166,7 @@ def _backward(plan: _Plan, saved: tuple[jax.Array, ...], grad_QTH: jax.Array) ->
     # Padding sees nothing here, as by its definition: its weights could be of keys that the forward has not visited.
     q_segment_T = jnp.where(q_segment_T > 0, q_segment_T, -1)
     sight = _sight(q_segment_T, kv_segment_S, q_index_T, *plan.gradient, plan.causal)
-    gradients = attention_gradient(
+    gradients = attention_gradient.attention_gradient(
         q_QTH, k_KSH, v_KSH, grad_QTH, log_z_QT, shift_QT, q_segment_T, kv_segment_S, q_index_T, sight,
         causal=plan.causal, interpret=plan.interpret,
     )  # fmt: skip
@@ -167,6 +174,20 @@ def _backward(plan: _Plan, saved: tuple[jax.Array, ...], grad_QTH: jax.Array) ->
 
 
 _attention.defvjp(_forward, _backward)
+
+
+def _whole_row(
+    plan: _Plan, blocks: tuple[int, int], q_QTH: jax.Array, k_KSH: jax.Array, v_KSH: jax.Array, q_segment_T: jax.Array,
+    kv_segment_S: jax.Array, q_index_T: jax.Array,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """The result and the logarithm of the softmax's denominator, by our kernel."""
+    places = (kv_segment_S, q_index_T, *blocks, plan.causal)
+    # Padding needs no more than a block with its own key, as by splash.
+    needed = _sight(jnp.where(q_segment_T > 0, q_segment_T, -1), *places)
+    sight = jnp.where(_seen(q_segment_T, *places), jnp.maximum(needed, PARTLY), needed)
+    return attention_forward.attention_forward(
+        q_QTH, k_KSH, v_KSH, q_segment_T, kv_segment_S, q_index_T, sight, causal=plan.causal, interpret=plan.interpret
+    )
 
 
 def _splash(

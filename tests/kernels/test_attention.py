@@ -1,4 +1,4 @@
-"""Attention of TPUs, splash's forward and our gradients, equals attention by its definition, and leaves out what no document needs."""
+"""Attention of TPUs, by splash and by our kernels, equals attention by its definition, and leaves out what no document needs."""
 
 import dataclasses
 import functools
@@ -30,8 +30,9 @@ def gradients(function, q, k, v, grad):
 
 
 ROW = np.arange(S, dtype=np.int32)
-# Blocks of 128 hold one document, several, or padding as well. With no memory for our gradients they are splash's.
-SHORT = Tiling((128, 256, 128), (128, 128, 128), (128, 128), 1 << 30)
+# Blocks of 128 hold one document, several, or padding as well. With no memory for our kernels all is splash's.
+SHORT = Tiling((128, 256, 128), (128, 128, 128), (128, 128), (128, 128), 1 << 30)
+MIXED = dataclasses.replace(SHORT, short=None)
 LONG = dataclasses.replace(SHORT, vmem=0)
 # Memory that nothing was written to holds no numbers, and what is read out of bounds is an error.
 EMULATED = pltpu.InterpretParams()
@@ -69,13 +70,33 @@ def reference(q_segment, kv_segment, places, causal, q, k, v):
 
 @pytest.mark.parametrize(
     ("causal", "index", "tiling", "interpret"),
-    [(True, SHARE, LONG, True), (True, SHARE, SHORT, EMULATED), (False, ROW, SHORT, EMULATED)],
-    ids=["long", "share", "row"],
+    [(True, SHARE, LONG, True), (True, SHARE, MIXED, EMULATED), (True, SHARE, SHORT, EMULATED), (False, ROW, SHORT, EMULATED)],
+    ids=["long", "mixed", "share", "row"],
 )
 def test_equals_reference(causal, index, tiling, interpret):
-    got = results(functools.partial(kernel, tiling, interpret), index, causal, padding=tiling is SHORT)
-    for x, y in zip(got, results(reference, index, causal, padding=tiling is SHORT), strict=True):
+    got = results(functools.partial(kernel, tiling, interpret), index, causal, padding=tiling is not LONG)
+    for x, y in zip(got, results(reference, index, causal, padding=tiling is not LONG), strict=True):
         np.testing.assert_allclose(x, y, atol=2e-5)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_forward_and_its_denominators(causal):
+    """By their definition, in float64, where a block of queries needs every chunk: then padding sees all padding."""
+    index = ROW[256:]
+    q, k, v, _ = (x[0].swapaxes(0, 1) for x in operands(index))
+    k = jnp.where(SEGMENTS[None, :, None] > 0, k, 10 * k)
+    arrays = (q, k, v, *map(jnp.asarray, (SEGMENTS[index], SEGMENTS, index)))
+    plan = attention._plan(len(index), k[None].swapaxes(1, 2), dataclasses.replace(SHORT, short=(256, 256)), causal, None, EMULATED)
+    out, log_z = jax.jit(functools.partial(attention._whole_row, plan, plan.forward))(*arrays)
+    visible = SEGMENTS[index][:, None] == SEGMENTS
+    visible = visible & (index[:, None] >= ROW) if causal else visible
+    scores = np.where(visible, np.einsum("qth,qsh->qts", q, np.repeat(k, Q // K, 0), dtype=np.float64), -np.inf)
+    top = scores.max(-1, keepdims=True)
+    weights = np.exp(scores - top)
+    want = weights @ np.repeat(v, Q // K, 0) / weights.sum(-1, keepdims=True)
+    assert plan.forward == (256, 256)
+    np.testing.assert_allclose(out, want, atol=5e-5)
+    np.testing.assert_allclose(log_z, (top + np.log(weights.sum(-1, keepdims=True)))[..., 0], atol=5e-5, rtol=1e-6)
 
 
 def test_rounds_as_the_operands_do():
@@ -130,7 +151,7 @@ def test_no_block_of_queries_spans_two_runs(tiling, monkeypatch):
 
     for name in ("_seen", "_sight"):
         monkeypatch.setattr(attention, name, recorded(getattr(attention, name)))
-    wide = dataclasses.replace(tiling, forward=(256, 256, 128), backward=(256, 128, 128), gradient=(256, 128))
+    wide = dataclasses.replace(tiling, forward=(256, 256, 128), backward=(256, 128, 128), short=(256, 128), gradient=(256, 128))
 
     def loss(q, k, v, runs):
         ids, places = jnp.asarray(SEGMENTS[None]), jnp.asarray(index[None])

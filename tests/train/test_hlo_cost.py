@@ -100,6 +100,7 @@ class TestTimes:
         [
             ("splash_mha_fwd_segmented_residuals.18", ATTENTION_TIME_OVER_BOUND["splash_mha_fwd"]),
             ("splash_mha_dkv_segmented.2", ATTENTION_TIME_OVER_BOUND["splash_mha_d"]),
+            ("attention_forward.3", ATTENTION_TIME_OVER_BOUND["attention_forward"]),
             ("attention_gradient", ATTENTION_TIME_OVER_BOUND["attention_gradient"]),
             ("norm_and_rotary.1", ROTARY_TIME_OVER_BOUND["norm_and_rotary"]),
             ("norm_and_rotary_gradient.1", ROTARY_TIME_OVER_BOUND["norm_and_rotary_gradient"]),

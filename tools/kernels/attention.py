@@ -1,14 +1,14 @@
-"""The attention kernels of a training step at the released model's sizes: splash forward, with what its backward pass needs, and this
-project's kernel for the gradients, each for one row that is one document.
+"""The attention kernels of a training step at the released model's sizes, each for one row that is one document: forward, with what the
+backward pass needs, splash or this project's kernel, whichever the chip uses, and this project's kernel for the gradients.
 
 Work is what `interns1pro_jax.train.hlo_cost.kernel_cost` counts, so that a ratio here is what `train.timeline` multiplies its bound
 with: the products of all blocks of scores that are visited, those on the diagonal whole.
 
 A schedule does not know which blocks are visited, since tables in scalar memory say so. But each way through a kernel is a region of its
 own, so a step of the grid takes the sum of its parts: what every step takes, and besides what it takes to begin or end a sum, and each
-block that it visits. Splash has one way through a block, masked or not, and takes a step for each block that it does not visit, too. The
-kernel of the gradients has one way with a mask, for chunks of keys on the diagonal, and one without, and its inner loop runs over the
-chunks that it visits.
+block that it visits. Splash has one way through a block, masked or not, and takes a step for each block that it does not visit, too. This
+project's kernels have one way with a mask, for chunks of keys on the diagonal, and one without, and an inner loop over the chunks that
+they visit.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import numpy as np
 
 from interns1pro_jax.config import ModelConfig
 from pallas_kernels import attention, chips
+from pallas_kernels.attention_forward import attention_forward
 from pallas_kernels.attention_gradient import HIDDEN, LANES, PARTLY, WHOLLY, attention_gradient
 from tools.kernels.cases import Case, Work
 from tools.kernels.chips import Chip
@@ -61,9 +62,11 @@ class _Pass:
 def cases(chip: Chip) -> list[Case]:
     """Rows of 4,096 tokens, and forward of 32,768, whose gradients do not fit the vector memory of v5p."""
     tiling = attention.tiling_of(chips.CHIPS[chip.name])
+    splash = _Pass("attention by splash", 2, 1, (2, 2, 1), _launch_splash, splash_visits)
     forward = _Pass("attention", 2, 1, (2, 2, 1), _launch_forward, forward_visits)
     gradient = _Pass("gradient of attention", 5, 2, (3, 4, 2), _launch_gradient, gradient_visits)
-    return [_case(forward, 4096, tiling.forward), _case(gradient, 4096, tiling.gradient), _case(forward, 32768, tiling.forward)]
+    short = _case(forward, 4096, tiling.short) if tiling.short else _case(splash, 4096, tiling.forward)
+    return [short, _case(gradient, 4096, tiling.gradient), _case(splash, 32768, tiling.forward)]
 
 
 def _case(of: _Pass, tokens: int, blocks: tuple[int, ...]) -> Case:
@@ -94,10 +97,10 @@ def sight(tokens: int, queries: int, keys: int) -> np.ndarray:
     return np.where(start + keys <= first + 1, WHOLLY, np.where(start < first + queries, PARTLY, HIDDEN))
 
 
-def forward_visits(seen: np.ndarray, queries: int, keys: int, schedule: Schedule, of_cycle: float, head: int) -> Iterator[Visit]:
+def splash_visits(seen: np.ndarray, queries: int, keys: int, schedule: Schedule, of_cycle: float, head: int) -> Iterator[Visit]:
     """Of the query heads of a key head. Segments and indices are spread over registers' width, and so are the denominators. Where keys and
     these fit, XLA keeps them in vector memory, as it does in a step, and the loop starts transfers of queries alone."""
-    (grid,), (block,), begin, end = _regions(schedule, loops=1, ways=1)
+    (grid,), (block,), (begin, end) = _regions(schedule, loops=1, ways=1, ends=2)
     always = grid.total.cycles - begin - block.total.cycles - end
     last = seen.shape[1] - 1
     for of_head in range(_SHARE):
@@ -117,16 +120,14 @@ def forward_visits(seen: np.ndarray, queries: int, keys: int, schedule: Schedule
 
 def gradient_visits(seen: np.ndarray, queries: int, keys: int, schedule: Schedule, of_cycle: float, head: int) -> Iterator[Visit]:
     """Of the query heads of a key head, behind the last of which the gradients of keys and values are written."""
-    (grid, inner), ways, begin, end = _regions(schedule, loops=2, ways=2)
+    (grid, inner), ways, (begin, end) = _regions(schedule, loops=2, ways=2, ends=2)
     always = grid.total.cycles - begin - inner.total.cycles - end
-    plain, masked = sorted(ways, key=lambda way: way.total.cycles)
-    between = inner.total.cycles - plain.total.cycles - masked.total.cycles
     of_keys = float(2 * _BF16 * _H * keys * seen.shape[1])
     for of_head in range(_SHARE):
         for row, states in enumerate(seen):
-            passes = [{WHOLLY: plain, PARTLY: masked}[state] for state in states if state > HIDDEN]
+            passes, matrix = _passes(inner, ways, states)
             first, last = (of_head, row) == (0, 0), (of_head, row) == (_SHARE - 1, len(seen) - 1)
-            cycles = always + begin * first + sum(between + way.total.cycles for way in passes) + end * last
+            cycles = always + begin * first + passes + end * last
             inputs: dict[str, Block] = {
                 "q": ((head, of_head, row), float(queries * 2 * (_BF16 * _H + _F32))),
                 "k and v": (head, of_keys),
@@ -134,30 +135,55 @@ def gradient_visits(seen: np.ndarray, queries: int, keys: int, schedule: Schedul
                 "segments of k": (0, float(_F32 * LANES * keys * seen.shape[1])),
             }
             written = float(_BF16 * _H * queries) + of_keys * last
-            yield Visit(cycles, sum(way.total.matrix_cycles for way in passes) * of_cycle, inputs, ((head, of_head, row), written))
+            yield Visit(cycles, matrix * of_cycle, inputs, ((head, of_head, row), written))
 
 
-def _regions(schedule: Schedule, loops: int, ways: int) -> tuple[list[Region], list[Region], int, int]:
-    """Loops around all products, outermost first; the regions that hold products; cycles of what begins and what ends a sum.
+def forward_visits(seen: np.ndarray, queries: int, keys: int, schedule: Schedule, of_cycle: float, head: int) -> Iterator[Visit]:
+    """Of the query heads of a key head. Each step computes the scores of half a chunk before its loop, which the loop's last pass computes
+    once more in vain."""
+    (grid, inner), ways, _ = _regions(schedule, loops=2, ways=2, ends=0)
+    for of_head in range(_SHARE):
+        for row, states in enumerate(seen):
+            passes, matrix = _passes(inner, ways, states)
+            inputs: dict[str, Block] = {
+                "q": ((head, of_head, row), float(queries * _BF16 * _H)),
+                "k and v": (head, float(2 * _BF16 * _H * keys * seen.shape[1])),
+                "places of q": (row, float(2 * _F32 * queries)),
+                "segments of k": (0, float(_F32 * LANES * keys * seen.shape[1])),
+            }
+            written = float(queries * (_BF16 * _H + _F32))
+            yield Visit(grid.total.cycles - inner.total.cycles + passes, matrix * of_cycle, inputs, ((head, of_head, row), written))
+
+
+def _passes(inner: Region, ways: list[Region], states: np.ndarray) -> tuple[int, float]:
+    """Cycles, and cycles of products, of a loop over the chunks that are seen: one way is for chunks that need a mask, and longer."""
+    plain, masked = sorted(ways, key=lambda way: way.total.cycles)
+    between = inner.total.cycles - plain.total.cycles - masked.total.cycles
+    passes = [{WHOLLY: plain, PARTLY: masked}[state].total for state in states if state > HIDDEN]
+    return sum(between + way.cycles for way in passes), sum(way.matrix_cycles for way in passes)
+
+
+def _regions(schedule: Schedule, loops: int, ways: int, ends: int) -> tuple[list[Region], list[Region], list[int]]:
+    """Loops around all products of a block, outermost first; the regions that hold these; cycles of what begins and what ends a sum.
 
     Raises:
-      ScheduleError: there are not so many loops and ways through a block, or not two regions without products.
+      ScheduleError: there are not so many loops and ways through a block, or not so many regions without products.
     """
-    hot, regions = schedule.hot_regions(), list(schedule.root.walk())
+    regions, hot = list(schedule.root.walk()), schedule.hot_regions()
+    hot = [region for region in hot if not any(inside in hot for inside in list(region.walk())[1:])]
     around = [region for region in regions if region.kind == "loop" and all(region.start <= x.start and x.end <= region.end for x in hot)]
-    ends = [region.total.cycles for region in regions if region.kind == "branch" and not (region.children or region.total.matmuls)]
-    if (len(around), len(hot), len(ends)) != (loops, ways, 2):
+    without = [region.total.cycles for region in regions if region.kind == "branch" and not (region.children or region.total.matmuls)]
+    if (len(around), len(hot), len(without)) != (loops, ways, ends):
         raise ScheduleError(
-            f"kernel {schedule.name} has {len(around)} loops around {len(hot)} regions of products and {len(ends)} without, expected "
-            f"{loops}, {ways} and 2:\n{schedule.root.tree()}"
+            f"kernel {schedule.name} has {len(around)} loops around {len(hot)} regions of products and {len(without)} without, expected "
+            f"{loops}, {ways} and {ends}:\n{schedule.root.tree()}"
         )
-    begin, end = ends
-    return around, hot, begin, end
+    return around, hot, without
 
 
-def _launch_forward(tokens: int, chip: Chip) -> Launch:
+def _launch_splash(tokens: int, chip: Chip) -> Launch:
     """By way of its derivative, so that what the backward pass needs is kept."""
-    tiling = attention.tiling_of(chips.CHIPS[chip.name])
+    tiling = dataclasses.replace(attention.tiling_of(chips.CHIPS[chip.name]), short=None)
 
     def function(q, k, v, segment, index):  # type: ignore[no-untyped-def]
         def call(q, k, v):  # type: ignore[no-untyped-def]
@@ -167,6 +193,16 @@ def _launch_forward(tokens: int, chip: Chip) -> Launch:
 
     heads = (jax.ShapeDtypeStruct((1, tokens, count, _H), jnp.bfloat16) for count in (_Q, _K, _K))
     return Launch(function, (*heads, *(jax.ShapeDtypeStruct((1, tokens), jnp.int32),) * 2))
+
+
+def _launch_forward(tokens: int, chip: Chip) -> Launch:
+    q, k = (jax.ShapeDtypeStruct((count, tokens, _H), jnp.bfloat16) for count in (_Q, _K))
+    place = jax.ShapeDtypeStruct((tokens,), jnp.int32)
+    short = attention.tiling_of(chips.CHIPS[chip.name]).short
+    assert short is not None
+    queries, keys = short
+    seen = jax.ShapeDtypeStruct((tokens // queries, tokens // keys), jnp.int32)
+    return Launch(functools.partial(attention_forward, causal=True), (q, k, k, place, place, place, seen))
 
 
 def _launch_gradient(tokens: int, chip: Chip) -> Launch:
