@@ -53,7 +53,7 @@ class Tiling:
 
 
 # Splash's compile within the vector memory that XLA gives a kernel by default (v5e, for which only short rows were compiled, as v5p). The
-# blocks of the gradients were chosen by hand from a few compiled schedules of rows of 4,096, and nothing was tuned on a chip.
+# blocks of our kernels were chosen by hand from a few compiled schedules of rows of 4,096, and nothing was tuned on a chip.
 _TILINGS = {
     "v5e": Tiling((1024, 1024, 512), (512, 1024, 512), None, (512, 512), CHIPS["v5e"].vmem - MIB),
     "v5p": Tiling((1024, 1024, 512), (512, 1024, 512), None, (512, 512), CHIPS["v5p"].vmem - MIB),
@@ -254,7 +254,7 @@ def _related(q_segment_T: jax.Array, kv_segment_S: jax.Array, q_index_T: jax.Arr
 
 
 def _sight(q_segment_T: jax.Array, kv_segment_S: jax.Array, q_index_T: jax.Array, queries: int, keys: int, causal: bool) -> jax.Array:
-    """What `attention_gradient` is told of each block: all of one document and before all of its queries, it needs no mask."""
+    """What our kernels are told of each block: all of one document and before all of its queries, it needs no mask."""
     q_segment, kv_segment = q_segment_T.reshape(-1, queries), kv_segment_S.reshape(-1, keys)
     one = (q_segment == q_segment[:, :1]).all(1)[:, None] & (kv_segment == kv_segment[:, :1]).all(1)
     wholly = one & (q_segment[:, :1] == kv_segment[:, 0])

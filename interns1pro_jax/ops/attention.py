@@ -1,6 +1,6 @@
 """Scaled dot-product attention with grouped query heads, document segments and bounded memory.
 
-`dot_product_attention` is the entry. On TPU it is the splash kernel with gradients of our own (`pallas_kernels.attention`), elsewhere and
+`dot_product_attention` is the entry. On TPU it is kernels of our own or splash (`pallas_kernels.attention`), elsewhere and
 for short or odd lengths `chunked_attention`; `dot_product_attention_reference` is the definition.
 
 The chunked form takes queries in chunks, so that scores exist for one chunk at a time, forward and backward: the backward pass
