@@ -19,6 +19,7 @@ import math
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, PartitionSpec
@@ -153,6 +154,24 @@ def check_expert_axis(config: TextConfig) -> None:
             f"the mesh axis expert={expert} must divide router_n_groups={groups}, so that each device owns a whole number of "
             f"expert groups; use one of {[n for n in range(1, groups + 1) if groups % n == 0]}."
         )
+
+
+def split_rows(x: jax.Array, counts: Sequence[int], axis: int = 0) -> tuple[jax.Array, ...]:
+    """The rows of every device in parts of so many rows; `axis` is that of the rows. The parts hold other rows than those of the whole
+    in order: what belongs together is split by the same counts."""
+    if len(counts) == 1:
+        return (x,)
+    spec = jax.typeof(x).sharding.spec
+    bounds = np.cumsum(counts)[:-1].tolist()
+    return jax.shard_map(lambda x: tuple(jnp.split(x, bounds, axis)), in_specs=spec, out_specs=(spec,) * len(counts))(x)
+
+
+def join_rows(parts: Sequence[jax.Array], axis: int = 0) -> jax.Array:
+    """The inverse of `split_rows`."""
+    if len(parts) == 1:
+        return parts[0]
+    spec = jax.typeof(parts[0]).sharding.spec
+    return jax.shard_map(lambda *parts: jnp.concatenate(parts, axis), in_specs=(spec,) * len(parts), out_specs=spec)(*parts)
 
 
 def constrain(x: jax.Array, *dims: str | None) -> jax.Array:

@@ -16,6 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.chips import Chip, current_chip
 from pallas_kernels.grouped_outer import grouped_outer
 from pallas_kernels.grouped_product import grouped_product
+from pallas_kernels.order import after
 from pallas_kernels.tiling import outer_tiling, product_tiling
 
 Interpret = bool | pltpu.InterpretParams
@@ -155,7 +156,9 @@ def gradients(
     left, right = (grad_MN, lhs_MK) if transposed else (lhs_MK, grad_MN)
     (num_rows, depth), columns, itemsize = left.shape, right.shape[1], left.dtype.itemsize
     tiling = outer_tiling(chip, num_rows, depth, columns, sizes_G.size, itemsize, rhs.dtype.itemsize)
-    grad_rhs = grouped_outer(left, right, sizes_G, dtype=rhs.dtype, tiling=tiling, interpret=interpret)
+    # What is sent back to the tokens' devices is needed before the gradient of the weights, and takes less time on the links.
+    ordered_G = after(sizes_G, grad_lhs_MK)
+    grad_rhs = grouped_outer(left, right, ordered_G, dtype=rhs.dtype, tiling=tiling, interpret=interpret)
     if rhs.shape[0] > sizes_G.size:
         grad_rhs = jax.lax.dynamic_update_slice_in_dim(jnp.zeros_like(rhs), grad_rhs, offset, axis=0)
     return grad_lhs_MK, grad_rhs

@@ -68,21 +68,30 @@ class Attention(nnx.Module):
         lora = config.lora
         self.lora = None if lora is None or not lora.attention else AttentionAdapters(config, lora, rngs=rngs)
 
+    def gathered(self, dtype: jax.typing.DTypeLike) -> dict[str, Float[Array, "R ..."]]:
+        """Every device's copies of the matrices."""
+        o_FD = self.o_QHD[...].reshape(-1, self.config.hidden_size)
+        matrices = {"q": self.q_DQH[...], "k": self.k_DKH[...], "v": self.v_DKH[...], "o": o_FD}
+        return {name: projection.gathered(name, matrix, dtype) for name, matrix in matrices.items()}
+
     def __call__(
-        self, x_BTD: Float[Array, "B T D"], context: AttentionContext, cache: LayerCache | None = None
+        self,
+        x_BTD: Float[Array, "B T D"],
+        context: AttentionContext,
+        cache: LayerCache | None = None,
+        weights: dict[str, Float[Array, "R ..."]] | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        """Causal attention within documents; with a cache, over its slots (which this pass's keys and values join first)."""
+        """Causal attention within documents; with a cache, over its slots (which this pass's keys and values join first). `weights` are
+        `gathered`, where several calls share them."""
         cfg, dtype = self.config, x_BTD.dtype
+        weights = self.gathered(dtype) if weights is None else weights
 
-        def project(name: str, formula: str, x_BT: jax.Array, kernel: nnx.Variable, bias: str) -> jax.Array:
-            y = projection.project(formula, x_BT, kernel[...])
-            y = y if self.lora is None else y + getattr(self.lora, name)(x_BT)
-            return y + getattr(self, bias)[...].astype(dtype) if cfg.attention_bias else y
+        def changed(name: str, y_BT: jax.Array, x_BT: jax.Array, bias: str) -> jax.Array:
+            y_BT = y_BT if self.lora is None else y_BT + getattr(self.lora, name)(x_BT)
+            return y_BT + getattr(self, bias)[...].astype(dtype) if cfg.attention_bias else y_BT
 
-        into_heads = "btd,dnh->btnh"
-        q = project("q", into_heads, x_BTD, self.q_DQH, "q_bias_QH")
-        k = project("k", into_heads, x_BTD, self.k_DKH, "k_bias_KH")
-        v = project("v", into_heads, x_BTD, self.v_DKH, "v_bias_KH")
+        biases = {"q": "q_bias_QH", "k": "k_bias_KH", "v": "v_bias_KH"}
+        q, k, v = (changed(n, projection.project("btd,dnh->btnh", x_BTD, weights[n]), x_BTD, bias) for n, bias in biases.items())
         q, k = norm_and_rotary(q, k, self.q_norm_H[...], self.k_norm_H[...], context.cos, context.sin, cfg.rms_norm_eps)
         # A reshape does not always show where its result lives: not with one token or one row.
         q, k, v = (sharding.constrain(a, "batch", "sequence", None, None) for a in (q, k, v))
@@ -106,4 +115,7 @@ class Attention(nnx.Module):
                 causal=True,
             )
             out = sharding.constrain(out, "batch", "sequence", None, None)
-        return project("o", "btqh,qhd->btd", out, self.o_QHD, "o_bias_D"), cache
+        # Of whole rows: the attention kernels' results lie head by head, and a product over the width of one head at a time would leave
+        # half of a matrix unit of 256 idle.
+        out_BTF = jax.lax.optimization_barrier(out.reshape(*out.shape[:2], -1))
+        return changed("o", projection.project("btf,fd->btd", out_BTF, weights["o"]), out, "o_bias_D"), cache

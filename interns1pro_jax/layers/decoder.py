@@ -12,15 +12,19 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from interns1pro_jax import sharding
 from interns1pro_jax.config import TextConfig
 from interns1pro_jax.layers.attention import Attention, AttentionContext, LayerCache
 from interns1pro_jax.layers.mlp import Mlp
 from interns1pro_jax.layers.moe import ExpertStack, Moe
 from interns1pro_jax.layers.parameter import ones, parameter
-from interns1pro_jax.layers.router import RouterStats
+from interns1pro_jax.layers.router import RouterStats, Routing
 from interns1pro_jax.ops.attention import OPERANDS, OUTPUT
 from interns1pro_jax.ops.context import reading_order
 from interns1pro_jax.ops.norm import rms_norm
+from pallas_kernels.order import after
+
+Streams = tuple[Float[Array, "_ T D"], ...]
 
 # Names of values inside a block, besides those of `ops.attention`.
 _INPUT = "block_input"
@@ -99,40 +103,55 @@ class DecoderBlock(nnx.Module):
 
     def __call__(
         self,
-        x_BTD: Float[Array, "B T D"],
-        context: AttentionContext,
-        inputs: LayerInputs,
+        streams: Streams,
+        contexts: tuple[AttentionContext, ...],
+        inputs: tuple[LayerInputs, ...],
         cache: LayerCache | None = None,
         experts: ExpertStack | None = None,
         trace: bool = False,
         moe_chunks: int = 1,
-    ) -> tuple[Float[Array, "B T D"], LayerCache | None, BlockOutput]:
-        eps = self.config.rms_norm_eps
-        x_BTD = checkpoint_name(x_BTD, _INPUT)
-        # Kept apart, or XLA makes one slow instruction of the queries' projection and the norm, and of their gradients.
-        normed = jax.lax.optimization_barrier(rms_norm(x_BTD, self.attention_norm_D[...], eps))
-        attention, cache = self.attention(normed, context, cache)
-        x_BTD = x_BTD + attention
-        h = rms_norm(x_BTD, self.mlp_norm_D[...], eps)
-        out = BlockOutput()
-        if hasattr(self, "moe"):
-            mlp, routing, stats, logits = self.moe(
-                h,
-                valid_BT=context.segment_ids > 0,
-                replay_BTGC=inputs.replay_BTGC,
-                probe_R=inputs.probe_R,
-                experts=experts,
-                chunks=moe_chunks,
-            )
-            out = BlockOutput(ids_BTGC=routing.ids_BTGC, stats=stats)
+    ) -> tuple[Streams, LayerCache | None, tuple[BlockOutput, ...]]:
+        """Streams are rows that do not need each other, and share the gathered weights: while the tokens of one are on their way to the
+        experts or back, another is computed."""
+        eps, dtype = self.config.rms_norm_eps, streams[0].dtype
+        moe = self.moe if hasattr(self, "moe") else None
+        weights, kernel = self.attention.gathered(dtype), None if moe is None else moe.router.gathered()
+        hidden, attended, outputs = [], [], []
+        routings: list[Routing] = []
+        for x_BTD, context, layer in zip(streams, contexts, inputs, strict=True):
+            x_BTD = checkpoint_name(x_BTD, _INPUT)
+            # Kept apart, or XLA makes one slow instruction of the queries' projection and the norm, and of their gradients.
+            normed = jax.lax.optimization_barrier(rms_norm(x_BTD, self.attention_norm_D[...], eps))
+            if routings:  # the stream before first, whose tokens are then on their way
+                context = dataclasses.replace(context, segment_ids=_after(context.segment_ids, routings[-1].weights_BTGC))
+            attention, cache = self.attention(normed, context, cache, weights)
+            x_BTD = x_BTD + attention
+            h_BTD = rms_norm(x_BTD, self.mlp_norm_D[...], eps)
+            out = BlockOutput()
+            if moe is not None:
+                valid_BT = context.segment_ids > 0
+                routing, stats, logits = moe.router(
+                    h_BTD, kernel=kernel, valid_BT=valid_BT, replay_BTGC=layer.replay_BTGC, probe_R=layer.probe_R
+                )
+                routings.append(routing)
+                out = BlockOutput(ids_BTGC=routing.ids_BTGC, stats=stats)
+                if trace:
+                    out = dataclasses.replace(out, router_logits_BTE=logits, weights_BTGC=routing.weights_BTGC)
             if trace:
-                out = dataclasses.replace(out, router_logits_BTE=logits, weights_BTGC=routing.weights_BTGC)
-        else:
-            mlp = self.mlp(h)
-        x_BTD = x_BTD + mlp
+                out = dataclasses.replace(out, attention_BTD=attention)
+            hidden.append(h_BTD)
+            attended.append(x_BTD)
+            outputs.append(out)
+        mlp = self.mlp(tuple(hidden)) if moe is None else moe(tuple(hidden), tuple(routings), experts, moe_chunks)
+        streams = tuple(x + y for x, y in zip(attended, mlp, strict=True))
         if trace:
-            out = dataclasses.replace(out, hidden_BTD=x_BTD, attention_BTD=attention, mlp_BTD=mlp)
-        return x_BTD, cache, out
+            outputs = [dataclasses.replace(o, hidden_BTD=x, mlp_BTD=y) for o, x, y in zip(outputs, streams, mlp, strict=True)]
+        return streams, cache, tuple(outputs)
+
+
+def _after(numbers: jax.Array, first: jax.Array) -> jax.Array:
+    specs = tuple(jax.typeof(x).sharding.spec for x in (numbers, first))
+    return jax.shard_map(after, in_specs=specs, out_specs=specs[0])(numbers, first)
 
 
 def stack_blocks(config: TextConfig, moe: bool, count: int, *, rngs: nnx.Rngs) -> DecoderBlock:
@@ -156,14 +175,28 @@ def run_blocks(
     trace: bool = False,
 ) -> tuple[Float[Array, "B T D"], BlockOutput]:
     """Applies stacked blocks one after the other; outputs are stacked over layers. `remat` names an entry of `REMAT`; `moe_chunks` as in
-    `layers.moe.expert_parallel_mlp`."""
+    `layers.moe.expert_parallel_mlp`. Of an even number of chunks, the rows of a device go in two streams, if it has more than one row."""
     graph, params = nnx.split(blocks)
+    rows = len(x_BTD) // sharding.shards("batch")
+    counts = (rows - rows // 2, rows // 2) if moe_chunks % 2 == 0 and rows > 1 else (rows,)
 
-    def body(x: jax.Array, layer: tuple[Any, LayerInputs]) -> tuple[jax.Array, BlockOutput]:
-        x, _, out = nnx.merge(graph, layer[0])(x, context, layer[1], trace=trace, moe_chunks=moe_chunks)
-        return x, out
+    def split(tree: Any, axis: int = 0) -> tuple[Any, ...]:
+        leaves, structure = jax.tree.flatten(tree)
+        parts = [sharding.split_rows(x, counts, axis) for x in leaves]
+        return tuple(jax.tree.unflatten(structure, [part[i] for part in parts]) for i in range(len(counts)))
 
-    return jax.lax.scan(REMAT[remat](body), x_BTD, (params, inputs))
+    contexts = split(context)
+    replays = split(inputs.replay_BTGC, 1)
+
+    def body(streams: Streams, layer: tuple[Any, LayerInputs, tuple[Any, ...]]) -> tuple[Streams, tuple[BlockOutput, ...]]:
+        params, inputs, replays = layer
+        each = tuple(dataclasses.replace(inputs, replay_BTGC=replay) for replay in replays)
+        streams, _, outputs = nnx.merge(graph, params)(streams, contexts, each, trace=trace, moe_chunks=moe_chunks)
+        return streams, outputs
+
+    shared = dataclasses.replace(inputs, replay_BTGC=None)
+    streams, outputs = jax.lax.scan(REMAT[remat](body), split(x_BTD), (params, shared, replays))
+    return sharding.join_rows(streams), jax.tree.map(lambda *parts: sharding.join_rows(parts, 1), *outputs)
 
 
 def _is_expert_weight(path: tuple[Any, ...], _: Any) -> bool:
@@ -192,7 +225,7 @@ def run_blocks_cached(
         state, layer_inputs, index = layer
         stack = ExpertStack(experts["moe"]["wi_EDF"][...], experts["moe"]["wo_EFD"][...], index) if experts else None
         block = nnx.merge(graph, no_experts, state)
-        x, cache, out = block(x, context, layer_inputs, LayerCache(keys, values, index), stack, trace=trace)
+        (x,), cache, (out,) = block((x,), (context,), (layer_inputs,), LayerCache(keys, values, index), stack, trace=trace)
         assert cache is not None
         return (x, cache.keys_LBSKH, cache.values_LBSKH), out
 

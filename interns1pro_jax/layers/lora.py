@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from interns1pro_jax.config import LoraConfig, ModelConfig, TextConfig
 from interns1pro_jax.layers.parameter import normal, parameter, zeros
-from interns1pro_jax.ops.projection import project
+from interns1pro_jax.ops.projection import gathered, project
 
 
 class Adapter(nnx.Variable):
@@ -37,8 +37,9 @@ class Projection(nnx.Module):
 
     def __call__(self, x_BT: Float[Array, "B T *features"]) -> Float[Array, "B T *results"]:
         into, out = "xyz"[: self.a.ndim - 1], "uvw"[: self.b.ndim - 1]
-        low_BTR = project(f"bt{into},{into}r->btr", x_BT, self.a[...])
-        return self.scale * project(f"btr,r{out}->bt{out}", low_BTR, self.b[...])
+        a, b = (gathered("adapter", weight[...], x_BT.dtype) for weight in (self.a, self.b))
+        low_BTR = project(f"bt{into},{into}r->btr", x_BT, a)
+        return self.scale * project(f"btr,r{out}->bt{out}", low_BTR, b)
 
 
 class AttentionAdapters(nnx.Module):

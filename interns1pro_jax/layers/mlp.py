@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from interns1pro_jax.config import TextConfig
 from interns1pro_jax.layers.parameter import normal, parameter
-from interns1pro_jax.ops.projection import project
+from interns1pro_jax.ops.projection import gathered, project
 
 
 def swiglu(gate_up: Float[Array, "... two_F"]) -> Float[Array, "... F"]:
@@ -25,6 +25,6 @@ class Mlp(nnx.Module):
         self.wi_DF = parameter(rngs, init, (d, 2 * f), ("embed", None), config.param_dtype)
         self.wo_FD = parameter(rngs, init, (f, d), (None, "embed"), config.param_dtype)
 
-    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        h = swiglu(project("btd,df->btf", x_BTD, self.wi_DF[...]))
-        return project("btf,fd->btd", h, self.wo_FD[...])
+    def __call__(self, streams: tuple[Float[Array, "_ T D"], ...]) -> tuple[Float[Array, "_ T D"], ...]:
+        wi, wo = (gathered("mlp", weight[...], streams[0].dtype) for weight in (self.wi_DF, self.wo_FD))
+        return tuple(project("btf,fd->btd", swiglu(project("btd,df->btf", x_BTD, wi)), wo) for x_BTD in streams)

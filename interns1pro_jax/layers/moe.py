@@ -25,13 +25,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from interns1pro_jax import sharding
 from interns1pro_jax.config import ConfigError, TextConfig
 from interns1pro_jax.layers.lora import ExpertAdapters
 from interns1pro_jax.layers.parameter import normal, parameter
-from interns1pro_jax.layers.router import Router, RouterStats, Routing
+from interns1pro_jax.layers.router import Router, Routing
 from interns1pro_jax.ops.expert_products import EXPERT_PRODUCTS, ExpertProducts, with_adapters
 from interns1pro_jax.ops.permutation import combine, destinations, dispatch, make_plan, permute_slots
 from interns1pro_jax.ops.varying import as_varying, varying_axes
@@ -63,77 +63,75 @@ class Moe(nnx.Module):
 
     def __call__(
         self,
-        x_BTD: Float[Array, "B T D"],
-        *,
-        valid_BT: Bool[Array, "B T"],
-        replay_BTGC: Int[Array, "B T G C"] | None = None,
-        probe_R: Float[Array, " R"] | None = None,
+        streams: tuple[Float[Array, "_ T D"], ...],
+        routings: tuple[Routing, ...],
         experts: ExpertStack | None = None,
         chunks: int = 1,
-    ) -> tuple[Float[Array, "B T D"], Routing, RouterStats, Float[Array, "B T E"]]:
-        """Returns the layer's output, and the router's routing, statistics and logits. Arguments as in `Router`; `experts`
-        replaces the layer's own weights by a stack of which one layer is used, `chunks` as in `expert_parallel_mlp`."""
-        routing, stats, logits = self.router(x_BTD, valid_BT=valid_BT, replay_BTGC=replay_BTGC, probe_R=probe_R)
+    ) -> tuple[Float[Array, "_ T D"], ...]:
+        """The layer's output for every stream, whose routing its `router` has given. `experts` replaces the layer's own weights by a stack
+        of which one layer is used, `chunks` as in `expert_parallel_mlp`."""
         if experts is None:
             experts = ExpertStack(self.wi_EDF[...][None], self.wo_EFD[...][None], jnp.int32(0))
-        adapters, products = self.lora, EXPERT_PRODUCTS[self.config.expert_products]
-        return expert_parallel_mlp(x_BTD, routing, experts, chunks, products, adapters), routing, stats, logits
+        return expert_parallel_mlp(streams, routings, experts, chunks, EXPERT_PRODUCTS[self.config.expert_products], self.lora)
 
 
 def expert_parallel_mlp(
-    x_BTD: Float[Array, "B T D"],
-    routing: Routing,
+    streams: tuple[Float[Array, "_ T D"], ...],
+    routings: tuple[Routing, ...],
     experts: ExpertStack,
     chunks: int = 1,
     products: ExpertProducts = EXPERT_PRODUCTS["dtype"],
     adapters: ExpertAdapters | None = None,
-) -> Float[Array, "B T D"]:
+) -> tuple[Float[Array, "_ T D"], ...]:
     """Sum over each token's experts of `weight * down(silu(gate x) * up x)`, computed where the experts are.
 
     Batch over (data, fsdp, expert), sequence over context; experts over (expert, fsdp). The weight is applied before the down
     projection, so that the backward does not need that projection's output.
 
-    With `chunks` > 1 each device's tokens go through in so many equal parts, two (of an odd number, one) at a time, and the backward
-    recomputes each part from its tokens: rows, hidden values and gathered tokens then take memory for these only (gathered weights serve
-    all), and while one of the two is computed, the other is on its way.
+    With `chunks` > 1 each device's tokens go through in so many parts, and the backward recomputes each part from its tokens: rows,
+    hidden values and gathered tokens then take memory for the parts that are computed together only (gathered weights serve all). One part
+    of every stream goes together, of a single stream two (of an odd number of parts, one): while one is computed, another is on its way.
 
     Raises:
-      ConfigError: a device's tokens do not divide into chunks of whole routing chunks.
+      ConfigError: a stream's tokens on a device do not divide into its share of the chunks, each of whole routing chunks.
     """
-    tokens = x_BTD.shape[0] * x_BTD.shape[1] // sharding.shards("batch") // sharding.shards("sequence")
-    if chunks > 1 and tokens % (chunks * CHUNK):
-        raise ConfigError(
-            f"moe_chunks={chunks}: the {tokens} tokens of a device ({x_BTD.shape[0]} rows of {x_BTD.shape[1]} on "
-            f"{sharding.shards('batch')} x {sharding.shards('sequence')} devices) do not divide into {chunks} multiples of {CHUNK}; choose "
-            "another number of chunks."
-        )
-    batch, sequence = sharding.RULES["batch"], sharding.RULES["sequence"]
+    together = len(streams) if len(streams) > 1 else 2 - chunks % 2
+    for x_BTD in streams if chunks > 1 else ():
+        tokens, parts = x_BTD.shape[0] * x_BTD.shape[1] // sharding.shards("batch") // sharding.shards("sequence"), chunks // len(streams)
+        if tokens % (parts * CHUNK):
+            raise ConfigError(
+                f"moe_chunks={chunks}: the {tokens} tokens of a device ({x_BTD.shape[0]} rows of {x_BTD.shape[1]} on "
+                f"{sharding.shards('batch')} x {sharding.shards('sequence')} devices) do not divide into {parts} multiples of {CHUNK}; "
+                "choose another number of chunks."
+            )
+    per_token = sharding.spec("batch", "sequence", None)
     return jax.shard_map(
         partial(
             _local_mlp,
             ranks=sharding.axis_size("expert"),
             gathers=sharding.axis_size("fsdp") > 1,
-            chunks=chunks,
+            together=together,
+            steps=max(1, chunks // together),
             products=products,
             scale=0.0 if adapters is None else adapters.scale,
         ),
         in_specs=(
-            PartitionSpec(batch, sequence, None),
-            Routing.specs(),
+            (per_token,) * len(streams),
+            (Routing.specs(),) * len(streams),
             PartitionSpec(None, "expert", "fsdp", None),
             PartitionSpec(None, "expert", None, "fsdp"),
             PartitionSpec(),
             PartitionSpec() if adapters is None else tuple(jax.typeof(x).sharding.spec for x in adapters.arrays()),
         ),
-        out_specs=PartitionSpec(batch, sequence, None),
-    )(x_BTD, routing, experts.wi_LEDF, experts.wo_LEFD, experts.layer, None if adapters is None else adapters.arrays())
+        out_specs=(per_token,) * len(streams),
+    )(streams, routings, experts.wi_LEDF, experts.wo_LEFD, experts.layer, None if adapters is None else adapters.arrays())
 
 
 def _local_mlp(
-    x_BTD, routing: Routing, wi_LEDF, wo_LEFD, layer, adapters, *, ranks: int, gathers: bool, chunks: int, products, scale: float
+    streams, routings, wi_LEDF, wo_LEFD, layer, adapters, *, ranks: int, gathers: bool, together: int, steps: int, products, scale: float
 ):
-    """One device's part; arguments are its shards."""
-    b, t, d = x_BTD.shape
+    """One device's part; arguments are its shards. `together` parts are computed in each of so many `steps`."""
+    like, dtype = streams[0], streams[0].dtype
     own_experts = wi_LEDF.shape[1]
     offset = layer * own_experts
     if wi_LEDF.shape[0] == 1 or gathers:
@@ -142,8 +140,7 @@ def _local_mlp(
         offset = None
     # Typed as varying before they are gathered, so that the backward scatters a gradient over fsdp before it sums the shards
     # over data and context.
-    wi, wo = (as_varying(w.astype(x_BTD.dtype), varying_axes(x_BTD)) for w in (wi_LEDF, wo_LEFD))
-    together = 2 - chunks % 2
+    wi, wo = (as_varying(w.astype(dtype), varying_axes(like)) for w in (wi_LEDF, wo_LEFD))
     if gathers:
         # Parts of a row are gathered in an order that is not that of a matrix in memory, and all of it laid out anew. Transposed, they
         # are whole rows.
@@ -151,24 +148,28 @@ def _local_mlp(
     else:
         wis, wos = (wi,) * together, (wo,) * together
     if adapters is not None:
-        wi_a, wi_b, wo_a, wo_b = (as_varying(w.astype(x_BTD.dtype), varying_axes(x_BTD)) for w in adapters)
+        wi_a, wi_b, wo_a, wo_b = (as_varying(w.astype(dtype), varying_axes(like)) for w in adapters)
         with jax.named_scope("adapter_all_gather"):
             wi_a, wo_b = jax.lax.all_gather(wi_a, "fsdp", axis=1, tiled=True), jax.lax.all_gather(wo_b, "fsdp", axis=2, tiled=True)
         products = with_adapters(products, (wi_a, wi_b), (wo_a, wo_b), scale)
 
     mlp = partial(_chunk_mlp, transposed=gathers, products=products, ranks=ranks, own_experts=own_experts, offset=offset)
-    per_token = (x.reshape(b * t, *x.shape[2:]) for x in (x_BTD, routing.ids_BTGC, routing.ranks_BTGC, routing.weights_BTGC))
-    tokens = *per_token, routing.counts_NE
-    if chunks == 1:
-        return mlp(tokens, wis[0], wos[0]).reshape(b, t, d)
+    tokens = []
+    for x_BTD, routing in zip(streams, routings, strict=True):
+        per_token = (x_BTD, routing.ids_BTGC, routing.ranks_BTGC, routing.weights_BTGC)
+        tokens.append((*(x.reshape(-1, *x.shape[2:]) for x in per_token), routing.counts_NE))
+    if together == steps == 1:
+        return (mlp(tokens[0], wis[0], wos[0]).reshape(like.shape),)
+    if len(streams) < together:
+        tokens = [jax.tree.map(lambda x, i=i: jnp.split(x, together)[i], tokens[0]) for i in range(together)]
 
-    def pair(parts):
-        # While one is computed, the other is on its way.
-        return jnp.stack([jax.checkpoint(mlp)(jax.tree.map(lambda x, i=i: x[i], parts), wis[i], wos[i]) for i in range(together)])
+    def step(parts):
+        return [jax.checkpoint(mlp)(part, wi, wo) for part, wi, wo in zip(parts, wis, wos, strict=True)]
 
-    parts = jax.tree.map(lambda x: x.reshape(chunks // together, together, -1, *x.shape[1:]), tokens)
-    out = pair(jax.tree.map(lambda x: x[0], parts)) if chunks == together else jax.lax.map(pair, parts)
-    return out.reshape(b, t, d)
+    outs = step(tokens) if steps == 1 else jax.lax.map(step, jax.tree.map(lambda x: x.reshape(steps, -1, *x.shape[1:]), tokens))
+    if len(streams) < together:
+        return (jnp.concatenate([out.reshape(-1, out.shape[-1]) for out in outs]).reshape(like.shape),)
+    return tuple(out.reshape(x.shape) for out, x in zip(outs, streams, strict=True))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -196,8 +197,6 @@ def _chunk_mlp(tokens, wi, wo, *, transposed: bool, products: ExpertProducts, ra
     x_TD, ids_TGC, ranks_TGC, weights_TGC, counts_NE = tokens
     wi, wo = wi.reshape(-1, *wi.shape[2:]), wo.reshape(-1, *wo.shape[2:])
     own_slots = ids_TGC.shape[1] // ranks * ids_TGC.shape[2]
-    with jax.named_scope("token_all_gather"):
-        x_ND = jax.lax.all_gather(x_TD, "expert", tiled=True)
     with jax.named_scope("routing_all_gather"):
         sizes_RE = jax.lax.all_gather(counts_NE.sum(0), "expert")
     rank = jax.lax.axis_index("expert")
@@ -205,6 +204,8 @@ def _chunk_mlp(tokens, wi, wo, *, transposed: bool, products: ExpertProducts, ra
     with jax.named_scope("routing_all_to_all"):
         exchange = partial(jax.lax.all_to_all, axis_name="expert", split_axis=1, concat_axis=0, tiled=True)
         dest_NS, weights_NS = (exchange(x).reshape(-1, own_slots) for x in (dest_TGC, weights_TGC))
+    with jax.named_scope("token_all_gather"):
+        x_ND = jax.lax.all_gather(x_TD, "expert", tiled=True)
     plan = make_plan(dest_NS, jax.lax.dynamic_slice_in_dim(sizes_RE.sum(0), rank * own_experts, own_experts))
 
     rows_MD = dispatch(x_ND, plan)

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from interns1pro_jax import sharding
 from interns1pro_jax.config import TextConfig
 from interns1pro_jax.layers.parameter import normal, parameter
-from interns1pro_jax.ops.projection import project
+from interns1pro_jax.ops.projection import gathered, project
 from interns1pro_jax.ops.varying import as_varying, varying_axes
 from pallas_kernels.chips import current_chip
 from pallas_kernels.routing import route, takes
@@ -99,13 +99,18 @@ class Router(nnx.Module):
         shape = (config.hidden_size, config.num_experts)
         self.kernel_DE = parameter(rngs, normal(config.initializer_range), shape, ("embed", None), config.param_dtype)
 
-    def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T E"]:
-        return project("btd,de->bte", x_BTD, self.kernel_DE[...], float32=True)
+    def gathered(self) -> Float[Array, "R D E"]:
+        """Every device's copy of the matrix."""
+        return gathered("router", self.kernel_DE[...], jnp.float32)
+
+    def logits(self, x_BTD: Float[Array, "B T D"], kernel: Float[Array, "R D E"]) -> Float[Array, "B T E"]:
+        return project("btd,de->bte", x_BTD, kernel, float32=True)
 
     def __call__(
         self,
         x_BTD: Float[Array, "B T D"],
         *,
+        kernel: Float[Array, "R D E"] | None = None,
         valid_BT: Bool[Array, "B T"],
         replay_BTGC: Int[Array, "B T G C"] | None = None,
         probe_R: Float[Array, " R"] | None = None,
@@ -114,6 +119,7 @@ class Router(nnx.Module):
 
         Args:
           x_BTD: input of the MoE layer.
+          kernel: `gathered`, where several calls share it.
           valid_BT: tokens that count in the statistics (padding is routed, but not counted).
           replay_BTGC: recorded in-group ids to use instead of the winners; weights and gradients are taken at these ids. An id
             that is no expert of a group (`NOT_RECORDED`) leaves the choice to the router.
@@ -123,7 +129,7 @@ class Router(nnx.Module):
           routing, statistics, and the logits.
         """
         cfg = self.config
-        logits = self.logits(x_BTD)
+        logits = self.logits(x_BTD, self.gathered() if kernel is None else kernel)
         estimated = cfg.router.straight_through
         routing = route_tokens(
             logits,

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from interns1pro_jax import sharding
 from interns1pro_jax.ops.float32_product import float32_product
-from interns1pro_jax.ops.varying import as_varying, varying_axes
+from interns1pro_jax.ops.varying import as_varying
 
 
 def gather_weight(weight: Array, spec: PartitionSpec, dtype: jax.typing.DTypeLike, axes: frozenset[str]) -> Array:
@@ -27,22 +27,35 @@ def gather_weight(weight: Array, spec: PartitionSpec, dtype: jax.typing.DTypeLik
     return weight
 
 
+def gathered(name: str, weight: Float[Array, "*shape"], dtype: jax.typing.DTypeLike) -> Float[Array, "R ..."]:
+    """Every device's own copy of a weight that is split in any way, in `dtype`, for `project` to use any number of times. The gradients of
+    all uses are added on the device and split again once."""
+    spec = jax.typeof(weight).sharding.spec
+
+    def local(weight: Array) -> Array:
+        with jax.named_scope(name):
+            return gather_weight(weight, spec, dtype, frozenset(_devices()))[None]
+
+    return jax.shard_map(local, in_specs=spec, out_specs=PartitionSpec(_devices(), *(None,) * weight.ndim))(weight)
+
+
 def project(
-    formula: str,
-    x_BT: Float[Array, "B T *features"],
-    weight: Float[Array, "*shape"],
-    float32: bool = False,
+    formula: str, x_BT: Float[Array, "B T *features"], copies: Float[Array, "R ..."], float32: bool = False
 ) -> Float[Array, "B T *results"]:
-    """`jnp.einsum(formula, x_BT, weight)` in the dtype of `x_BT`, or exactly in `float32`, split over batch and sequence; the weight, split
-    in any way, is gathered where it is used."""
+    """`jnp.einsum(formula, x_BT, weight)` in the dtype of `x_BT`, or exactly in `float32`, split over batch and sequence; the weight is
+    `gathered`."""
     x_BT = sharding.constrain(x_BT, "batch", "sequence", *(None,) * (x_BT.ndim - 2))
-    x_spec, weight_spec = jax.typeof(x_BT).sharding.spec, jax.typeof(weight).sharding.spec
+    x_spec = jax.typeof(x_BT).sharding.spec
     rank = len(formula.partition("->")[2])
 
-    def local(x: Array, weight: Array) -> Array:
+    def local(x: Array, copies: Array) -> Array:
         with jax.named_scope(formula):
-            weight = gather_weight(weight, weight_spec, jnp.float32 if float32 else x.dtype, varying_axes(x))
-            return (float32_product if float32 else jnp.einsum)(formula, x, weight)
+            return (float32_product if float32 else jnp.einsum)(formula, x, copies[0])
 
-    out_spec = PartitionSpec(*x_spec[:2], *(None,) * (rank - 2))
-    return jax.shard_map(local, in_specs=(x_spec, weight_spec), out_specs=out_spec)(x_BT, weight)
+    specs = (x_spec, PartitionSpec(_devices(), *(None,) * (copies.ndim - 1)))
+    return jax.shard_map(local, in_specs=specs, out_specs=PartitionSpec(*x_spec[:2], *(None,) * (rank - 2)))(x_BT, copies)
+
+
+def _devices() -> tuple[str, ...]:
+    """The mesh axes that split tokens."""
+    return sharding.RULES["batch"] + sharding.RULES["sequence"]

@@ -3,16 +3,17 @@
 Instructions run in the order of the program. One of XLA's own takes the cycles that the compiler estimates for it, or where it makes none
 (gathers of rows, sorts, scatters) the time that its bytes need; a Pallas kernel takes its FLOPs over the peak or its bytes over the
 bandwidth of HBM, whichever is longer, times what the kernel report finds above that bound; a collective takes its bytes over the links
-between the devices of its group. A collective that was started goes on while others run, one after the other on the links of its axes,
-and the step waits only where it ends. All of it is modelled, nothing measured: latencies and contention between axes are left out, links
-are taken at their published speed.
+between the devices of its group. A collective that was started goes on while others run, one after the other on the links of its axes
+(the SparseCores take them in order), and the step waits only where it ends. One that is not started ahead shares the links equally with
+what is under way, as their packets do. What the SparseCores compute (gathers of rows) goes on likewise and takes its bytes in HBM. All of
+it is modelled, nothing measured: latencies and contention between axes are left out, links are taken at their published speed.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import numpy as np
 from jax.sharding import Mesh
@@ -43,6 +44,7 @@ ROTARY_TIME_OVER_BOUND = {
 # Of one number that the scalar unit puts in its place (docs/kernels.md, Routing: 80 us of 32,768 on v5p).
 _PERMUTATION_CYCLES = 4.3
 
+_SPARSE_CORE = 'async_execution_thread="sparsecore"'
 _UNKNOWN = 2**62  # estimates above this stand for "not known"
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 
@@ -74,6 +76,59 @@ class Times:
         return Times(count * self.step, count * self.xla, count * self.kernels, count * self.waiting, links)
 
 
+class _Links:
+    """What is under way. Those sent ahead are served in order on each axis, others share an axis with the one that is served."""
+
+    def __init__(self) -> None:
+        self.clock = 0.0
+        self.busy: dict[tuple[str, ...], float] = defaultdict(float)
+        self._left: list[_Transfer] = []
+
+    def send(self, name: str, axes: tuple[str, ...], seconds: float, ahead: bool) -> None:
+        self.busy[axes] += seconds
+        self._left.append(_Transfer(name, axes, seconds, ahead))
+
+    def run(self, seconds: float) -> None:
+        """Lets time pass."""
+        end = self.clock + seconds
+        while self.clock < end and self._left:
+            self._step(end - self.clock)
+        self.clock = end
+
+    def wait(self, name: str) -> float:
+        """Lets time pass until all transfers of this name have arrived; returns how long."""
+        begin = self.clock
+        while any(transfer.name == name for transfer in self._left):
+            self._step(float("inf"))
+        return self.clock - begin
+
+    def _step(self, most: float) -> None:
+        """Until the next transfer arrives, or so many seconds."""
+        taken: set[str] = set()
+        served = []
+        for transfer in self._left:
+            if not transfer.ahead or taken.isdisjoint(transfer.axes):
+                served.append(transfer)
+            taken.update(transfer.axes if transfer.ahead else ())
+        users = Counter(axis for transfer in served for axis in transfer.axes)
+        shares = [max(users[axis] for axis in transfer.axes) for transfer in served]
+        seconds = min(most, *(transfer.seconds * share for transfer, share in zip(served, shares, strict=True)))
+        self.clock += seconds
+        for transfer, share in zip(served, shares, strict=True):
+            transfer.seconds -= seconds / share
+        self._left = [transfer for transfer in self._left if transfer.seconds > 1e-12]
+
+
+@dataclasses.dataclass
+class _Transfer:
+    """Seconds are those that it still needs with the links for itself."""
+
+    name: str
+    axes: tuple[str, ...]
+    seconds: float
+    ahead: bool
+
+
 class Player:
     """Plays the schedule of a program that was compiled for `mesh`, whose devices are of this hardware."""
 
@@ -90,45 +145,49 @@ class Player:
 
     def _play(self, computation: str) -> Times:
         instructions = self._program[computation]
-        clock = xla = kernels = waiting = 0.0
-        free: dict[str, float] = defaultdict(float)
-        busy: dict[tuple[str, ...], float] = defaultdict(float)
-        pending: dict[str, float] = {}
+        xla = kernels = waiting = 0.0
+        links = _Links()
+        inside_loops: dict[tuple[str, ...], float] = defaultdict(float)
+        pending: set[str] = set()
 
-        def send(found: list[Collective]) -> float:
-            """When the links have carried these."""
-            end = clock
+        def send(name: str, found: list[Collective], ahead: bool) -> None:
             for collective in found:
-                axes = collective.axes or self._mesh.axis_names
-                seconds = self.transfer(collective)
-                end = max(end, *(free[axis] for axis in axes)) + seconds
-                free.update(dict.fromkeys(axes, end))
-                busy[axes] += seconds
-            return end
+                links.send(name, collective.axes or tuple(self._mesh.axis_names), self.transfer(collective), ahead)
 
         for instruction in instructions.values():
             inside = self._inside(instruction)
             if inside is not None:
-                clock, xla, kernels, waiting = clock + inside.step, xla + inside.xla, kernels + inside.kernels, waiting + inside.waiting
+                links.run(inside.step)
+                xla, kernels, waiting = xla + inside.xla, kernels + inside.kernels, waiting + inside.waiting
                 for axes, seconds in inside.links.items():
-                    busy[axes] += seconds
+                    inside_loops[axes] += seconds
                 continue
             found = [] if hlo.ends(instruction, self._program) else self._own(instruction, computation)
             if hlo.starts(instruction, self._program):
                 if found:
-                    pending[instruction.name] = send(found)
+                    send(instruction.name, found, ahead=True)
+                elif _SPARSE_CORE in instruction.attributes:
+                    seconds = moved(instruction, instructions, self._program) / self._hardware.bandwidth
+                    links.send(instruction.name, (_SPARSE_CORE,), seconds, ahead=True)
+                else:
+                    continue
+                pending.add(instruction.name)
                 continue
             if hlo.ends(instruction, self._program) and (start := self._started(instruction, instructions, pending)):
-                waiting += max(0.0, pending[start] - clock)
-                clock = max(clock, pending.pop(start))
+                pending.remove(start)
+                waiting += links.wait(start)
                 continue
             if found:
-                end = send(found)
-                waiting, clock = waiting + end - clock, end
+                send(instruction.name, found, ahead=False)
+                waiting += links.wait(instruction.name)
                 continue
             seconds, kernel = self._compute(instruction, instructions)
-            clock, xla, kernels = clock + seconds, xla + (0 if kernel else seconds), kernels + (seconds if kernel else 0)
-        return Times(clock, xla, kernels, waiting, dict(busy))
+            links.run(seconds)
+            xla, kernels = xla + (0 if kernel else seconds), kernels + (seconds if kernel else 0)
+        busy = {axes: seconds for axes, seconds in links.busy.items() if axes != (_SPARSE_CORE,)}
+        for axes, seconds in inside_loops.items():
+            busy[axes] = busy.get(axes, 0.0) + seconds
+        return Times(links.clock, xla, kernels, waiting, busy)
 
     def _inside(self, instruction: Instruction) -> Times | None:
         """Of the computations that a loop, a branch or a call runs; of the longest branch."""
@@ -146,7 +205,7 @@ class Player:
             found += self._collectives[called] if instruction.opcode not in ("all-reduce", "reduce-scatter") else []
         return found
 
-    def _started(self, end: Instruction, siblings: Computation, pending: dict[str, float]) -> str | None:
+    def _started(self, end: Instruction, siblings: Computation, pending: set[str]) -> str | None:
         """The pending start whose result, by way of other instructions, an end waits for."""
         seen: set[str] = set()
         frontier = list(end.operands)

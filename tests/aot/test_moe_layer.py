@@ -48,7 +48,9 @@ def compiled(request) -> tuple[str, aot.Program]:
 
         def loss(params, x, valid):
             def layer(x, params):
-                y, _, stats, _ = nnx.merge(graph, params)(x, valid_BT=valid)
+                moe = nnx.merge(graph, params)
+                routing, stats, _ = moe.router(x, valid_BT=valid)
+                (y,) = moe((x,), (routing,))
                 return x + y, stats.z
 
             x, z = jax.lax.scan(REMAT["full"](layer), x, params)

@@ -48,8 +48,14 @@ def test_a_layer_keeps_the_output_of_the_tokens_whose_top_two_every_cut_separate
     source_text, expansion = text_config(**sizes), ExpansionConfig(experts_per_token=8)
     layer = Moe(source_text, rngs=nnx.Rngs(0))
     x_BTD = jax.random.normal(jax.random.key(1), (1, 256, source_text.hidden_size))
-    apply = nnx.jit(lambda layer, x: layer(constrain(x, "batch", "sequence", None), valid_BT=jnp.ones(x.shape[:2], bool)))
-    wanted_BTD, routing, _, logits_BTE = apply(layer, x_BTD)
+
+    @nnx.jit
+    def apply(layer, x):
+        x = constrain(x, "batch", "sequence", None)
+        routing, _, logits = layer.router(x, valid_BT=jnp.ones(x.shape[:2], bool))
+        return *layer((x,), (routing,)), routing, logits
+
+    wanted_BTD, routing, logits_BTE = apply(layer, x_BTD)
     ids_LNK = np.asarray(routing.ids_BTGC).reshape(1, 256, 2)
     counts = count_routing(ids_LNK, np.ones(256, bool), 16, depth=2)
     slots_GS = assign(expansion, 1, 16, counts)[0]
@@ -62,7 +68,7 @@ def test_a_layer_keeps_the_output_of_the_tokens_whose_top_two_every_cut_separate
         (grown.wo_EFD, layer.wo_EFD, 0),
     ):
         new.set_value(jax.device_put(np.asarray(old[...]).take(slots_GS.ravel(), axis), new[...].sharding))
-    found_BTD, routing, _, _ = apply(grown, x_BTD)
+    found_BTD, routing, _ = apply(grown, x_BTD)
 
     first, second = ids_LNK[0].T
     holds_GE = (slots_GS[:, :, None] == np.arange(16)).any(1)

@@ -57,7 +57,7 @@ def layer(x, ids, w, wi, wo, chunks=1, products=EXPERT_PRODUCTS["dtype"]):
     stack = ExpertStack(
         place(wi[None], None, "expert", "expert_embed", None), place(wo[None], None, "expert", None, "expert_embed"), jnp.int32(0)
     )
-    return expert_parallel_mlp(place(x, "batch", "sequence", None), routing, stack, chunks, products)
+    return expert_parallel_mlp((place(x, "batch", "sequence", None),), (routing,), stack, chunks, products)[0]
 
 
 def by_definition(x, ids, w, wi, wo):
@@ -121,7 +121,7 @@ def test_one_compiled_program_serves_every_routing():
         x, w = place(x, "batch", "sequence", None), place(w, "batch", "sequence", None, None)
 
         def layer_placed(ids):
-            return expert_parallel_mlp(x, routing_of(ids, w), ExpertStack(wi, wo, jnp.int32(0)))
+            return expert_parallel_mlp((x,), (routing_of(ids, w),), ExpertStack(wi, wo, jnp.int32(0)))[0]
 
         for ids in routings().values():
             run(place(ids, "batch", "sequence", None, None)).block_until_ready()
@@ -172,7 +172,7 @@ def test_a_layer_of_a_stack_equals_the_layer_alone(mesh_sizes):
         stack = ExpertStack(place(wi, None, "expert", "expert_embed", None), place(wo, None, "expert", None, "expert_embed"), jnp.int32(1))
         routing = jax.jit(routing_of)(ids, w)
         x = place(x, "batch", "sequence", None)
-        np.testing.assert_allclose(jax.jit(expert_parallel_mlp)(x, routing, stack), alone, atol=1e-5)
+        np.testing.assert_allclose(jax.jit(expert_parallel_mlp)((x,), (routing,), stack)[0], alone, atol=1e-5)
 
 
 def test_chunks_equal_the_whole_and_take_less_memory():

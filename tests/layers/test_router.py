@@ -63,7 +63,7 @@ def test_straight_through_gradient_is_that_of_the_dense_softmax(x, temperature, 
 
     def through_router(logits):
         router = Router(config, rngs=nnx.Rngs(1))
-        router.logits = lambda _: logits
+        router.logits = lambda *_: logits
         return (router(x, valid_BT=jnp.ones((2, 5), bool), replay_BTGC=replay)[0].weights_BTGC * upstream).sum()
 
     def surrogate(logits):
@@ -82,7 +82,7 @@ def test_plain_gradient_misses_unselected_experts(x):
 
     def weights(logits):
         router = Router(config, rngs=nnx.Rngs(1))
-        router.logits = lambda _: logits
+        router.logits = lambda *_: logits
         return (router(x, valid_BT=jnp.ones((2, 5), bool))[0].weights_BTGC ** 2).sum()
 
     routing, _, logits = route(config, x)
