@@ -70,9 +70,8 @@ class Attention(nnx.Module):
 
     def gathered(self, dtype: jax.typing.DTypeLike) -> dict[str, Float[Array, "R ..."]]:
         """Every device's copies of the matrices."""
-        o_FD = self.o_QHD[...].reshape(-1, self.config.hidden_size)
-        matrices = {"q": self.q_DQH[...], "k": self.k_DKH[...], "v": self.v_DKH[...], "o": o_FD}
-        return {name: projection.gathered(name, matrix, dtype) for name, matrix in matrices.items()}
+        matrices = {"q": self.q_DQH, "k": self.k_DKH, "v": self.v_DKH, "o": self.o_QHD}
+        return {name: projection.gathered(name, matrix[...], dtype) for name, matrix in matrices.items()}
 
     def __call__(
         self,
@@ -115,7 +114,4 @@ class Attention(nnx.Module):
                 causal=True,
             )
             out = sharding.constrain(out, "batch", "sequence", None, None)
-        # Of whole rows: the attention kernels' results lie head by head, and a product over the width of one head at a time would leave
-        # half of a matrix unit of 256 idle.
-        out_BTF = jax.lax.optimization_barrier(out.reshape(*out.shape[:2], -1))
-        return changed("o", projection.project("btf,fd->btd", out_BTF, weights["o"]), out, "o_bias_D"), cache
+        return changed("o", projection.project("btqh,qhd->btd", out, weights["o"]), out, "o_bias_D"), cache

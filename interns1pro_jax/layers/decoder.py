@@ -142,7 +142,7 @@ class DecoderBlock(nnx.Module):
             hidden.append(h_BTD)
             attended.append(x_BTD)
             outputs.append(out)
-        mlp = self.mlp(tuple(hidden)) if moe is None else moe(tuple(hidden), tuple(routings), experts, moe_chunks)
+        mlp = self.mlp(tuple(hidden)) if moe is None else moe(tuple(hidden), tuple(routings), experts, moe_chunks, weights["o"])
         streams = tuple(x + y for x, y in zip(attended, mlp, strict=True))
         if trace:
             outputs = [dataclasses.replace(o, hidden_BTD=x, mlp_BTD=y) for o, x, y in zip(outputs, streams, mlp, strict=True)]

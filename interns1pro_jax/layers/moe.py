@@ -35,6 +35,7 @@ from interns1pro_jax.layers.router import Router, Routing
 from interns1pro_jax.ops.expert_products import EXPERT_PRODUCTS, ExpertProducts, with_adapters
 from interns1pro_jax.ops.permutation import combine, destinations, dispatch, make_plan, permute_slots
 from interns1pro_jax.ops.varying import as_varying, varying_axes
+from pallas_kernels.order import all_after
 from pallas_kernels.routing_reference import CHUNK
 
 
@@ -67,12 +68,14 @@ class Moe(nnx.Module):
         routings: tuple[Routing, ...],
         experts: ExpertStack | None = None,
         chunks: int = 1,
+        first: Float[Array, "R ..."] | None = None,
     ) -> tuple[Float[Array, "_ T D"], ...]:
         """The layer's output for every stream, whose routing its `router` has given. `experts` replaces the layer's own weights by a stack
-        of which one layer is used, `chunks` as in `expert_parallel_mlp`."""
+        of which one layer is used; `chunks` and `first` as in `expert_parallel_mlp`."""
         if experts is None:
             experts = ExpertStack(self.wi_EDF[...][None], self.wo_EFD[...][None], jnp.int32(0))
-        return expert_parallel_mlp(streams, routings, experts, chunks, EXPERT_PRODUCTS[self.config.expert_products], self.lora)
+        products = EXPERT_PRODUCTS[self.config.expert_products]
+        return expert_parallel_mlp(streams, routings, experts, chunks, products, self.lora, first)
 
 
 def expert_parallel_mlp(
@@ -82,6 +85,7 @@ def expert_parallel_mlp(
     chunks: int = 1,
     products: ExpertProducts = EXPERT_PRODUCTS["dtype"],
     adapters: ExpertAdapters | None = None,
+    first: Float[Array, "R ..."] | None = None,
 ) -> tuple[Float[Array, "_ T D"], ...]:
     """Sum over each token's experts of `weight * down(silu(gate x) * up x)`, computed where the experts are.
 
@@ -91,6 +95,9 @@ def expert_parallel_mlp(
     With `chunks` > 1 each device's tokens go through in so many parts, and the backward recomputes each part from its tokens: rows,
     hidden values and gathered tokens then take memory for the parts that are computed together only (gathered weights serve all). One part
     of every stream goes together, of a single stream two (of an odd number of parts, one): while one is computed, another is on its way.
+
+    The experts' weights are gathered after `first`, another weight that is `gathered`: what is small and needed soon should not share the
+    links with what is large.
 
     Raises:
       ConfigError: a stream's tokens on a device do not divide into its share of the chunks, each of whole routing chunks.
@@ -122,13 +129,27 @@ def expert_parallel_mlp(
             PartitionSpec(None, "expert", None, "fsdp"),
             PartitionSpec(),
             PartitionSpec() if adapters is None else tuple(jax.typeof(x).sharding.spec for x in adapters.arrays()),
+            PartitionSpec() if first is None else jax.typeof(first).sharding.spec,
         ),
         out_specs=(per_token,) * len(streams),
-    )(streams, routings, experts.wi_LEDF, experts.wo_LEFD, experts.layer, None if adapters is None else adapters.arrays())
+    )(streams, routings, experts.wi_LEDF, experts.wo_LEFD, experts.layer, None if adapters is None else adapters.arrays(), first)
 
 
 def _local_mlp(
-    streams, routings, wi_LEDF, wo_LEFD, layer, adapters, *, ranks: int, gathers: bool, together: int, steps: int, products, scale: float
+    streams,
+    routings,
+    wi_LEDF,
+    wo_LEFD,
+    layer,
+    adapters,
+    first,
+    *,
+    ranks: int,
+    gathers: bool,
+    together: int,
+    steps: int,
+    products,
+    scale: float,
 ):
     """One device's part; arguments are its shards. `together` parts are computed in each of so many `steps`."""
     like, dtype = streams[0], streams[0].dtype
@@ -144,7 +165,8 @@ def _local_mlp(
     if gathers:
         # Parts of a row are gathered in an order that is not that of a matrix in memory, and all of it laid out anew. Transposed, they
         # are whole rows.
-        wis, wos = (_gathered(together, w) for w in (wi, jnp.swapaxes(wo, 2, 3)))
+        rows = (wi, jnp.swapaxes(wo, 2, 3))
+        wis, wos = (_gathered(together, w if first is None else all_after(w, first)) for w in rows)
     else:
         wis, wos = (wi,) * together, (wo,) * together
     if adapters is not None:
@@ -191,6 +213,22 @@ def _scattered(chunks: int, _: None, gradients: tuple[jax.Array, ...]) -> tuple[
 _gathered.defvjp(lambda chunks, weight: (_gathered(chunks, weight), None), _scattered)
 
 
+@jax.custom_vjp
+def _tokens_first(x_TD: jax.Array, *weights: jax.Array) -> tuple[jax.Array, ...]:
+    """All of them. Backward, the gradient of the tokens is sent before those of the weights: it is needed sooner, and takes less time."""
+    return x_TD, *weights
+
+
+def _backward(_: None, gradients: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    # Behind a barrier, or XLA would make an all-reduce of the scatter that one number is taken from.
+    grad_TD, *of_weights = gradients
+    grad_TD = jax.lax.optimization_barrier(grad_TD)
+    return grad_TD, *(all_after(gradient, grad_TD) for gradient in of_weights)
+
+
+_tokens_first.defvjp(lambda *arrays: (arrays, None), _backward)
+
+
 def _chunk_mlp(tokens, wi, wo, *, transposed: bool, products: ExpertProducts, ranks: int, own_experts: int, offset):
     """Some tokens of every device of the expert axis through the experts of this one, and back; `tokens` are this device's, with
     their routing. `transposed` are the matrices `wo`."""
@@ -204,6 +242,7 @@ def _chunk_mlp(tokens, wi, wo, *, transposed: bool, products: ExpertProducts, ra
     with jax.named_scope("routing_all_to_all"):
         exchange = partial(jax.lax.all_to_all, axis_name="expert", split_axis=1, concat_axis=0, tiled=True)
         dest_NS, weights_NS = (exchange(x).reshape(-1, own_slots) for x in (dest_TGC, weights_TGC))
+    x_TD, wi, wo = _tokens_first(x_TD, wi, wo)
     with jax.named_scope("token_all_gather"):
         x_ND = jax.lax.all_gather(x_TD, "expert", tiled=True)
     plan = make_plan(dest_NS, jax.lax.dynamic_slice_in_dim(sizes_RE.sum(0), rank * own_experts, own_experts))
