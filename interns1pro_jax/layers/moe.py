@@ -108,8 +108,8 @@ def expert_parallel_mlp(
         if tokens % (parts * CHUNK):
             raise ConfigError(
                 f"moe_chunks={chunks}: the {tokens} tokens of a device ({x_BTD.shape[0]} rows of {x_BTD.shape[1]} on "
-                f"{sharding.shards('batch')} x {sharding.shards('sequence')} devices) do not divide into {parts} multiples of {CHUNK}; "
-                "choose another number of chunks."
+                f"{sharding.shards('batch')} x {sharding.shards('sequence')} devices; {len(streams)} streams) are no {parts} times "
+                f"a multiple of {CHUNK}; choose another number of chunks."
             )
     per_token = sharding.spec("batch", "sequence", None)
     return jax.shard_map(
@@ -165,8 +165,11 @@ def _local_mlp(
     if gathers:
         # Parts of a row are gathered in an order that is not that of a matrix in memory, and all of it laid out anew. Transposed, they
         # are whole rows.
-        rows = (wi, jnp.swapaxes(wo, 2, 3))
-        wis, wos = (_gathered(together, w if first is None else all_after(w, first)) for w in rows)
+        wo = jnp.swapaxes(wo, 2, 3)
+        if first is not None:
+            wo = all_after(wo, first)
+            wi = all_after(wi, wo)
+        wos, wis = (_gathered(together, w) for w in (wo, wi))
     else:
         wis, wos = (wi,) * together, (wo,) * together
     if adapters is not None:
