@@ -78,14 +78,24 @@ def shortened(choices: Choices) -> int:
     return max(2 * CHUNK, choices.moe_chunks * CHUNK)
 
 
+def rows(choices: Choices) -> int:
+    """Of a device: two, where its tokens go through the experts in two parts, which are then streams of rows."""
+    return 2 if choices.moe_chunks == 2 else 1
+
+
 def compile_cut(recipe: str, layers: int) -> Compiled:
-    """By the command that a user gives: the recipe with a row per device, fewer layers and devices (of one slice), and no towers."""
+    """By the command that a user gives: the recipe with a row or two per device, fewer layers and devices (of one slice), and no towers."""
     choices = Choices.of(recipe)
     topology = TOPOLOGIES[choices.chip]
     widths = {} if CHIPS else NARROW
     bindings = {f"TextConfig.{name}": value for name, value in {"num_hidden_layers": layers, **widths}.items()}
     bindings |= {"ModelConfig.vision": None, "ModelConfig.time_series": None, "OptimizerConfig.freeze": (), "RowSize.patches": 0}
-    bindings |= {"RowSize.samples": 0, "RowSize.signal_rows": 0, "RowSize.signal_pairs": 0, "PipelineConfig.batch_size": FSDP * EXPERT}
+    bindings |= {
+        "RowSize.samples": 0,
+        "RowSize.signal_rows": 0,
+        "RowSize.signal_pairs": 0,
+        "PipelineConfig.batch_size": rows(choices) * FSDP * EXPERT,
+    }
     bindings |= {} if CHIPS else {"RowSize.tokens": shortened(choices)}
     bindings |= {"MeshConfig.topology": topology, "MeshConfig.slices": 1, "MeshConfig.fsdp": FSDP, "MeshConfig.expert": EXPERT}
     with recipes.recipe(recipe, *(f"{name} = {value!r}" for name, value in bindings.items())), tempfile.TemporaryDirectory() as workdir:
@@ -123,7 +133,7 @@ def expected_bytes(compiled: Compiled) -> dict[tuple[str, str], int]:
     together."""
     text, d, layers = compiled.text, compiled.text.hidden_size, compiled.text.num_hidden_layers
     together = 2 - compiled.choices.moe_chunks % 2
-    tokens = 2 * compiled.report.length * EXPERT * d
+    tokens = 2 * rows(compiled.choices) * compiled.report.length * EXPERT * d
     experts = 2 * text.num_experts // EXPERT * 3 * d * text.moe_intermediate_size
     projections = 2 * 2 * d * (text.num_attention_heads + text.num_key_value_heads) * text.head_dim + 4 * d * text.num_experts
     ends = 2 * 2 * d * text.vocab_size  # embedding and head
@@ -139,8 +149,8 @@ def expected_kernel_flops(compiled: Compiled) -> int:
     """Four products with the up matrices of experts and three with the down matrices; scores and what is made of them two products
     forward, twice where attention is recomputed, and five backward."""
     text, length = compiled.text, compiled.report.length
-    up = 2 * length * text.num_experts_per_tok * text.hidden_size * 2 * text.moe_intermediate_size
-    scores = 2 * length**2 * text.num_attention_heads * text.head_dim
+    up = 2 * rows(compiled.choices) * length * text.num_experts_per_tok * text.hidden_size * 2 * text.moe_intermediate_size
+    scores = 2 * rows(compiled.choices) * length**2 * text.num_attention_heads * text.head_dim
     forward = 2 if compiled.choices.remat == "attention" else 4
     return text.num_hidden_layers * (4 * up + 3 * up // 2 + (forward + 5) * scores)
 
