@@ -175,10 +175,12 @@ def run_blocks(
     trace: bool = False,
 ) -> tuple[Float[Array, "B T D"], BlockOutput]:
     """Applies stacked blocks one after the other; outputs are stacked over layers. `remat` names an entry of `REMAT`; `moe_chunks` as in
-    `layers.moe.expert_parallel_mlp`. Of an even number of chunks, the rows of a device go in two streams, if it has more than one row."""
+    `layers.moe.expert_parallel_mlp`. With an even number of chunks, a device's rows go in two streams where each has two rows or more."""
     graph, params = nnx.split(blocks)
     rows = len(x_BTD) // sharding.shards("batch")
-    counts = (rows - rows // 2, rows // 2) if moe_chunks % 2 == 0 and rows > 1 else (rows,)
+    # Of a single row of as many tokens as the model is wide, XLA may keep activations by columns: copying them back takes longer than what
+    # a stream hides.
+    counts = (rows - rows // 2, rows // 2) if moe_chunks % 2 == 0 and rows > 3 else (rows,)
 
     def split(tree: Any, axis: int = 0) -> tuple[Any, ...]:
         leaves, structure = jax.tree.flatten(tree)

@@ -79,12 +79,12 @@ def shortened(choices: Choices) -> int:
 
 
 def rows(choices: Choices) -> int:
-    """Of a device: two, where its tokens go through the experts in two parts, which are then streams of rows."""
-    return 2 if choices.moe_chunks == 2 else 1
+    """Of a device: four, where its tokens go through the experts in two parts, which are then streams of rows."""
+    return 4 if choices.moe_chunks == 2 else 1
 
 
 def compile_cut(recipe: str, layers: int) -> Compiled:
-    """By the command that a user gives: the recipe with a row or two per device, fewer layers and devices (of one slice), and no towers."""
+    """By the command that a user gives: the recipe, a row or four per device, fewer layers and devices (of one slice), and no towers."""
     choices = Choices.of(recipe)
     topology = TOPOLOGIES[choices.chip]
     widths = {} if CHIPS else NARROW

@@ -16,7 +16,7 @@ from tests.tiny import random_inputs, text_only
 CONFIG = text_only(num_hidden_layers=3, mlp_only_layers=(1,))
 
 
-@pytest.mark.parametrize("sizes, rows", [({}, 3), (dict(fsdp=2, expert=2), 12), (dict(fsdp=2, context=2), 4)], ids=str)
+@pytest.mark.parametrize("sizes, rows", [({}, 5), (dict(fsdp=2, expert=2), 16), (dict(fsdp=2, context=2), 8)], ids=str)
 def test_streams_equal_all_rows_at_once(sizes, rows):
     inputs = random_inputs(rows, CHUNK * sizes.get("context", 1))
     documents = np.where(np.arange(inputs.tokens.shape[1]) < 50 + np.arange(rows)[:, None], 1, 2).astype(np.int32)
