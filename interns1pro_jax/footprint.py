@@ -17,6 +17,7 @@ import jax
 
 from interns1pro_jax.config import ConfigError, ModelConfig, TextConfig
 from interns1pro_jax.flops import Hardware, attention_flops, text_flops
+from interns1pro_jax.layers.decoder import stream_rows
 from interns1pro_jax.models.interns1pro import InternS1Pro
 from interns1pro_jax.sharding import AXES, MeshConfig, make_mesh
 
@@ -24,10 +25,10 @@ TASKS = ("train", "sft", "lora", "rl", "serve")
 
 # Share of the peak at which a device computes: that of v5p fits the compiled schedules of docs/pods_report.md, that of tpu7x one schedule;
 # those of v5e and v6e are assumed.
-COMPUTE_EFFICIENCY = {"v5e": 0.6, "v5p": 0.635, "v6e": 0.6, "tpu7x": 0.55}
+COMPUTE_EFFICIENCY = {"v5e": 0.6, "v5p": 0.655, "v6e": 0.6, "tpu7x": 0.47}
 # Share of the time of the links in which nothing is computed, with tokens that go through the experts in one part, and in two together,
-# by the same schedules: on tpu7x XLA starts the gathers where their results are needed. The network between slices was in none of them.
-EXPOSED = {chip: {1: 0.8, 2: 0.8} if chip == "tpu7x" else {1: 0.65, 2: 0.27} for chip in COMPUTE_EFFICIENCY}
+# by the same schedules; that of tpu7x with tokens in one part is assumed. The network between slices was in none of them.
+EXPOSED = {chip: {1: 0.65, 2: 0.14 if chip == "tpu7x" else 0.25} for chip in COMPUTE_EFFICIENCY}
 # Share of HBM that a plan fills at most; the rest is for the runtime and for what is not modelled.
 FULLEST = 0.92
 LORA_RANK = 16
@@ -143,7 +144,8 @@ def footprint(
         trained = parameter_bytes * parameters
         memory = {"parameters": trained, "optimizer": 2 * moment_bytes * parameters, "gradients": trained}
     copied = parameters if task != "lora" and parameter_bytes > 2 else 0
-    step = {"kept": kept_bytes(text, tokens, remat), "working": working_bytes(text, mesh, tokens, moe_chunks, copied)}
+    streams = len(stream_rows(rows, moe_chunks))
+    step = {"kept": kept_bytes(text, tokens, remat), "working": working_bytes(text, mesh, tokens, moe_chunks, copied, streams)}
     seconds, bound = train_seconds(text, hardware, mesh, length, tokens, remat=remat, moe_chunks=moe_chunks, frozen=task == "lora")
     if task == "rl":
         # Rollout and training take turns: the transients of the one are free while the other runs.
@@ -178,7 +180,7 @@ def kept_bytes(text: TextConfig, tokens: int, remat: str) -> int:
     return text.num_hidden_layers * tokens * (inputs + more)
 
 
-def working_bytes(text: TextConfig, mesh: MeshConfig, tokens: int, moe_chunks: int = 1, copied: int = 0) -> int:
+def working_bytes(text: TextConfig, mesh: MeshConfig, tokens: int, moe_chunks: int = 1, copied: int = 0, streams: int = 1) -> int:
     """Bytes of temporaries of a training step beyond gradients and what is kept of layers.
 
     They peak in the backward of a layer: its experts gathered, their gradients (of each of two parts that go together), rows of the
@@ -187,6 +189,7 @@ def working_bytes(text: TextConfig, mesh: MeshConfig, tokens: int, moe_chunks: i
 
     Args:
       copied: a device's parameters in float32, of which XLA holds two copies in bfloat16, for the forward and the backward pass.
+      streams: `layers.decoder.stream_rows`.
     """
     d, f = text.hidden_size, text.moe_intermediate_size
     gathered = 2 * text.num_experts // mesh.expert * 3 * d * f
@@ -199,7 +202,7 @@ def working_bytes(text: TextConfig, mesh: MeshConfig, tokens: int, moe_chunks: i
     ):  # weights that are split over slices are gathered by way of further copies (compiled for four slices of v6e)
         layer += 5 * gathered
     head = 16 * d * text.vocab_size
-    again = kept_bytes(text, tokens, "full")  # XLA allots the stacked inputs of the layers twice
+    again = kept_bytes(text, tokens, "full") // streams  # XLA allots the stacked inputs of the layers twice, of two streams those of one
     return max(layer + again, head) + 2 * 2 * copied + _REST
 
 

@@ -164,6 +164,13 @@ def stack_blocks(config: TextConfig, moe: bool, count: int, *, rngs: nnx.Rngs) -
     return make(jax.random.split(rngs.params(), count))
 
 
+def stream_rows(rows: int, moe_chunks: int) -> tuple[int, ...]:
+    """Rows of each stream that a device's rows go in: with an even number of chunks two, if each has two rows or more. Of a single row of
+    as many tokens as the model is wide XLA keeps activations by columns, and to copy them back takes longer than what a stream hides
+    (compiled for v5p)."""
+    return (rows - rows // 2, rows // 2) if moe_chunks % 2 == 0 and rows > 3 else (rows,)
+
+
 def run_blocks(
     blocks: DecoderBlock,
     x_BTD: Float[Array, "B T D"],
@@ -175,12 +182,9 @@ def run_blocks(
     trace: bool = False,
 ) -> tuple[Float[Array, "B T D"], BlockOutput]:
     """Applies stacked blocks one after the other; outputs are stacked over layers. `remat` names an entry of `REMAT`; `moe_chunks` as in
-    `layers.moe.expert_parallel_mlp`. With an even number of chunks, a device's rows go in two streams where each has two rows or more."""
+    `layers.moe.expert_parallel_mlp`. Rows go in the streams of `stream_rows`."""
     graph, params = nnx.split(blocks)
-    rows = len(x_BTD) // sharding.shards("batch")
-    # Of a single row of as many tokens as the model is wide, XLA may keep activations by columns: copying them back takes longer than what
-    # a stream hides.
-    counts = (rows - rows // 2, rows // 2) if moe_chunks % 2 == 0 and rows > 3 else (rows,)
+    counts = stream_rows(len(x_BTD) // sharding.shards("batch"), moe_chunks)
 
     def split(tree: Any, axis: int = 0) -> tuple[Any, ...]:
         leaves, structure = jax.tree.flatten(tree)
