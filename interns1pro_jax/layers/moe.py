@@ -106,10 +106,11 @@ def expert_parallel_mlp(
     for x_BTD in streams if chunks > 1 else ():
         tokens, parts = x_BTD.shape[0] * x_BTD.shape[1] // sharding.shards("batch") // sharding.shards("sequence"), chunks // len(streams)
         if tokens % (parts * CHUNK):
+            stream = f", one of {len(streams)} streams" if len(streams) > 1 else ""
             raise ConfigError(
                 f"moe_chunks={chunks}: the {tokens} tokens of a device ({x_BTD.shape[0]} rows of {x_BTD.shape[1]} on "
-                f"{sharding.shards('batch')} x {sharding.shards('sequence')} devices; {len(streams)} streams) are no {parts} times "
-                f"a multiple of {CHUNK}; choose another number of chunks."
+                f"{sharding.shards('batch')} x {sharding.shards('sequence')} devices{stream}) do not divide into {parts} multiples of {CHUNK}; "
+                "choose another number of chunks."
             )
     per_token = sharding.spec("batch", "sequence", None)
     return jax.shard_map(

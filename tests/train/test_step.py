@@ -126,7 +126,10 @@ def test_router_losses_of_parts_add_up():
 
 def test_contradictions_are_refused_with_their_numbers():
     config, batch = text_only(), packed_batch()
-    with pytest.raises(ConfigError, match=r"moe_chunks=2: the 48 tokens of a device \(8 rows of 24 on 2 x 2 devices; 1 streams\)"):
+    with pytest.raises(
+        ConfigError,
+        match=r"moe_chunks=2: the 24 tokens of a device \(4 rows of 24 on 2 x 2 devices, one of 2 streams\) do not divide into 1 multiples of 128",
+    ):
         gradients(config, batch, moe_chunks=2)
     with pytest.raises(ConfigError, match=r"microbatches=3: an array of 8 rows .* on each of 2 devices .* multiple of 6"):
         gradients(config, batch, microbatches=3)
