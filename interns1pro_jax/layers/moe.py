@@ -109,8 +109,8 @@ def expert_parallel_mlp(
             stream = f", one of {len(streams)} streams" if len(streams) > 1 else ""
             raise ConfigError(
                 f"moe_chunks={chunks}: the {tokens} tokens of a device ({x_BTD.shape[0]} rows of {x_BTD.shape[1]} on "
-                f"{sharding.shards('batch')} x {sharding.shards('sequence')} devices{stream}) do not divide into {parts} multiples of {CHUNK}; "
-                "choose another number of chunks."
+                f"{sharding.shards('batch')} x {sharding.shards('sequence')} devices{stream}) do not divide into {parts} multiples "
+                f"of {CHUNK}; choose another number of chunks."
             )
     per_token = sharding.spec("batch", "sequence", None)
     return jax.shard_map(
