@@ -76,17 +76,17 @@ class Times:
         return Times(count * self.step, count * self.xla, count * self.kernels, count * self.waiting, links)
 
 
-class _Links:
+class Links:
     """What is under way. Those sent ahead are served in order on each axis, others share an axis with the one that is served."""
 
     def __init__(self) -> None:
         self.clock = 0.0
         self.busy: dict[tuple[str, ...], float] = defaultdict(float)
-        self._left: list[_Transfer] = []
+        self._left: list[Transfer] = []
 
     def send(self, name: str, axes: tuple[str, ...], seconds: float, ahead: bool) -> None:
         self.busy[axes] += seconds
-        self._left.append(_Transfer(name, axes, seconds, ahead))
+        self._left.append(Transfer(name, axes, seconds, ahead))
 
     def run(self, seconds: float) -> None:
         """Lets time pass."""
@@ -120,7 +120,7 @@ class _Links:
 
 
 @dataclasses.dataclass
-class _Transfer:
+class Transfer:
     """Seconds are those that it still needs with the links for itself."""
 
     name: str
@@ -146,7 +146,7 @@ class Player:
     def _play(self, computation: str) -> Times:
         instructions = self._program[computation]
         xla = kernels = waiting = 0.0
-        links = _Links()
+        links = Links()
         inside_loops: dict[tuple[str, ...], float] = defaultdict(float)
         pending: set[str] = set()
 

@@ -5,7 +5,7 @@ import pytest
 
 from interns1pro_jax.flops import HARDWARE
 from interns1pro_jax.train import aot, hlo, hlo_cost
-from interns1pro_jax.train.timeline import ATTENTION_TIME_OVER_BOUND, KERNEL_TIME_OVER_BOUND, ROTARY_TIME_OVER_BOUND, Player
+from interns1pro_jax.train.timeline import ATTENTION_TIME_OVER_BOUND, KERNEL_TIME_OVER_BOUND, ROTARY_TIME_OVER_BOUND, Links, Player
 
 # A loop of 7 whose body multiplies [8, 16] by [16, 32], with a gather over groups of two that goes on meanwhile, and one that does not.
 TEXT = """HloModule step, is_scheduled=true
@@ -124,6 +124,18 @@ class TestTimes:
         player = Player(TEXT, aot.pod_mesh("tpu7x:4x4x4", fsdp=16, expert=8), HARDWARE["tpu7x"])
         collective = hlo.Collective("", "all-gather", "", 2**30, ("expert",), 1, True)
         assert np.isclose(player.transfer(collective), 2**30 * 3 / 4 / (2 * HARDWARE["tpu7x"].link))
+
+
+def test_links_take_what_was_sent_ahead_in_order_and_share_with_what_is_waited_for():
+    links = Links()
+    for name, axis, seconds in (("large", "x", 2.0), ("behind", "x", 1.0), ("elsewhere", "y", 5.0)):
+        links.send(name, (axis,), seconds, ahead=True)
+    links.run(1.0)
+    links.send("now", ("x",), 0.5, ahead=False)
+    assert links.wait("now") == 1.0  # half of the links; the other half serves the large one
+    assert links.wait("behind") == 1.5 and links.wait("large") == 0.0
+    assert links.wait("elsewhere") == 1.5 and links.clock == 5.0
+    assert links.busy == {("x",): 3.5, ("y",): 5.0}
 
 
 def test_attention_kernels_cost_half_of_all_scores_and_the_diagonal():
