@@ -25,10 +25,10 @@ TASKS = ("train", "sft", "lora", "rl", "serve")
 
 # Share of the peak at which a device computes: that of v5p fits the compiled schedules of docs/pods_report.md, that of tpu7x one schedule;
 # those of v5e and v6e are assumed.
-COMPUTE_EFFICIENCY = {"v5e": 0.6, "v5p": 0.655, "v6e": 0.6, "tpu7x": 0.47}
+COMPUTE_EFFICIENCY = {"v5e": 0.6, "v5p": 0.655, "v6e": 0.6, "tpu7x": 0.495}
 # Share of the time of the links in which nothing is computed, with tokens that go through the experts in one part, and in two together,
 # by the same schedules; that of tpu7x with tokens in one part is assumed. The network between slices was in none of them.
-EXPOSED = {chip: {1: 0.65, 2: 0.14 if chip == "tpu7x" else 0.25} for chip in COMPUTE_EFFICIENCY}
+EXPOSED = {chip: {1: 0.65, 2: 0.15 if chip == "tpu7x" else 0.25} for chip in COMPUTE_EFFICIENCY}
 # Share of HBM that a plan fills at most; the rest is for the runtime and for what is not modelled.
 FULLEST = 0.92
 LORA_RANK = 16
@@ -189,7 +189,7 @@ def working_bytes(text: TextConfig, mesh: MeshConfig, tokens: int, moe_chunks: i
 
     Args:
       copied: a device's parameters in float32, of which XLA holds two copies in bfloat16, for the forward and the backward pass.
-      streams: `layers.decoder.stream_rows`.
+      streams: how many `layers.decoder.stream_rows` makes.
     """
     d, f = text.hidden_size, text.moe_intermediate_size
     gathered = 2 * text.num_experts // mesh.expert * 3 * d * f

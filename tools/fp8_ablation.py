@@ -144,9 +144,8 @@ def near(x: jax.Array) -> jax.Array:
 def router_in_fp8() -> Iterator[None]:
     """Routers whose inputs and weights are rounded to e4m3."""
 
-    def logits(self: Router, x_BTD: jax.Array) -> jax.Array:
-        rounded_to = near(x_BTD.astype(jnp.float32)), near(self.kernel_DE[...].astype(jnp.float32))
-        return projection.project("btd,de->bte", *rounded_to, float32=True)
+    def logits(self: Router, x_BTD: jax.Array, kernel: jax.Array) -> jax.Array:
+        return projection.project("btd,de->bte", near(x_BTD.astype(jnp.float32)), near(kernel), float32=True)
 
     with mock.patch.object(Router, "logits", logits):
         yield
@@ -160,7 +159,7 @@ def attention_in_fp8() -> Iterator[None]:
     def project(formula: str, x_BT: jax.Array, weight: jax.Array, *rest: Any) -> jax.Array:
         return exact(formula, near(x_BT), near(weight), *rest)
 
-    with mock.patch.object(attention, "projection", types.SimpleNamespace(project=project)):
+    with mock.patch.object(attention, "projection", types.SimpleNamespace(project=project, gathered=attention.projection.gathered)):
         yield
 
 

@@ -142,7 +142,7 @@ class DecoderBlock(nnx.Module):
             hidden.append(h_BTD)
             attended.append(x_BTD)
             outputs.append(out)
-        mlp = self.mlp(tuple(hidden)) if moe is None else moe(tuple(hidden), tuple(routings), experts, moe_chunks, weights["o"])
+        mlp = self.mlp(tuple(hidden)) if moe is None else moe(tuple(hidden), tuple(routings), experts, moe_chunks, first=weights["o"])
         streams = tuple(x + y for x, y in zip(attended, mlp, strict=True))
         if trace:
             outputs = [dataclasses.replace(o, hidden_BTD=x, mlp_BTD=y) for o, x, y in zip(outputs, streams, mlp, strict=True)]
@@ -165,10 +165,11 @@ def stack_blocks(config: TextConfig, moe: bool, count: int, *, rngs: nnx.Rngs) -
 
 
 def stream_rows(rows: int, moe_chunks: int) -> tuple[int, ...]:
-    """Rows of each stream that a device's rows go in: with an even number of chunks two, if each has two rows or more. Of a single row of
-    as many tokens as the model is wide XLA keeps activations by columns, and to copy them back takes longer than what a stream hides
-    (compiled for v5p)."""
-    return (rows - rows // 2, rows // 2) if moe_chunks % 2 == 0 and rows > 3 else (rows,)
+    """Rows of each stream that a device's rows go in: two, if each has two rows or more and the chunks can be shared between them (an even
+    number; for an odd number of rows, two chunks). Of a single row of as many tokens as the model is wide XLA keeps activations by columns,
+    and to copy them back takes longer than what a stream hides (compiled for v5p)."""
+    shared = moe_chunks == 2 or (moe_chunks % 2 == 0 and rows % 2 == 0)
+    return (rows - rows // 2, rows // 2) if shared and rows > 3 else (rows,)
 
 
 def run_blocks(

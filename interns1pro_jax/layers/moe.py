@@ -100,9 +100,14 @@ def expert_parallel_mlp(
     links with what is large.
 
     Raises:
-      ConfigError: a stream's tokens on a device do not divide into its share of the chunks, each of whole routing chunks.
+      ConfigError: several streams cannot share the chunks, or a stream's tokens on a device do not divide into its share of them, each of
+        whole routing chunks.
     """
     together = len(streams) if len(streams) > 1 else 2 - chunks % 2
+    if len(streams) > 1 and chunks % len(streams):
+        raise ConfigError(
+            f"moe_chunks={chunks}: {len(streams)} streams cannot share them; choose a multiple of {len(streams)}, or one stream."
+        )
     for x_BTD in streams if chunks > 1 else ():
         tokens, parts = x_BTD.shape[0] * x_BTD.shape[1] // sharding.shards("batch") // sharding.shards("sequence"), chunks // len(streams)
         if tokens % (parts * CHUNK):

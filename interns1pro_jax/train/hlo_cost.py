@@ -134,24 +134,24 @@ def moved(instruction: Instruction, siblings: Computation, program: Program) -> 
     written = [inner[name] for name in root.operands if name in inner] if root.opcode == "tuple" else [root]
     for result in written:
         if result.opcode == "dynamic-update-slice":
-            total += _in_hbm(inner[result.operands[1]].type if inner else siblings[result.operands[1]].type)
+            total += in_hbm(inner[result.operands[1]].type if inner else siblings[result.operands[1]].type)
         elif result.opcode != "parameter":
-            total += _in_hbm(result.type if inner and result is not root else instruction.type)
+            total += in_hbm(result.type if inner and result is not root else instruction.type)
     return total
 
 
 def _read(parameter: Instruction | None, inner: Computation, type_text: str) -> int:
     """Bytes of an operand that a fusion reads: the slices that it takes of it, if it takes nothing else."""
     if parameter is None:
-        return _in_hbm(type_text)
+        return in_hbm(type_text)
     users = [i for i in inner.values() if parameter.name in i.operands]
     if users and all(i.opcode == "dynamic-slice" for i in users):
-        return sum(_in_hbm(i.type) for i in users) if _in_hbm(type_text) else 0
+        return sum(in_hbm(i.type) for i in users) if in_hbm(type_text) else 0
     if users and all(i.opcode == "dynamic-update-slice" and i.operands[0] == parameter.name for i in users):
         return 0
-    return _in_hbm(type_text)
+    return in_hbm(type_text)
 
 
-def _in_hbm(type_text: str) -> int:
+def in_hbm(type_text: str) -> int:
     """Bytes of the arrays of a type that are not in another memory (`S(1)` in their layout is vector memory)."""
     return sum(bytes_of(array) for array in re.findall(r"\w+\[[\d,]*\](?:\{[^}]*\})?", type_text) if ":" not in array or "S(" not in array)

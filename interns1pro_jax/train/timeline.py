@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from interns1pro_jax.flops import Hardware
 from interns1pro_jax.train import hlo
 from interns1pro_jax.train.hlo import Collective, Computation, Instruction
-from interns1pro_jax.train.hlo_cost import kernel_cost, moved, permuted_numbers
+from interns1pro_jax.train.hlo_cost import in_hbm, kernel_cost, moved, permuted_numbers
 from pallas_kernels.chips import CHIPS
 
 # Time of the grouped products over their roofline (docs/kernels.md, 65,536 rows).
@@ -167,7 +167,7 @@ class Player:
                 if found:
                     send(instruction.name, found, ahead=True)
                 elif _SPARSE_CORE in instruction.attributes:
-                    seconds = moved(instruction, instructions, self._program) / self._hardware.bandwidth
+                    seconds = self._on_sparse_core(instruction, instructions)
                     links.send(instruction.name, (_SPARSE_CORE,), seconds, ahead=True)
                 else:
                     continue
@@ -197,6 +197,11 @@ class Player:
         if instruction.opcode in ("conditional", "call"):
             return max((self._play(called) for _, called in instruction.called), key=lambda times: times.step)
         return None
+
+    def _on_sparse_core(self, start: Instruction, siblings: Computation) -> float:
+        """What is computed there (rows gathered, arrays laid out anew) is read and written once; the end has its type."""
+        ends = (i for i in siblings.values() if start.name in i.operands)
+        return sum(2 * in_hbm(end.type) for end in ends) / self._hardware.bandwidth
 
     def _own(self, instruction: Instruction, computation: str) -> list[Collective]:
         """Collectives that an instruction is, or has inside."""

@@ -136,8 +136,11 @@ def expected_bytes(compiled: Compiled) -> dict[tuple[str, str], int]:
     tokens = 2 * rows(compiled.choices) * compiled.report.length * EXPERT * d
     experts = 2 * text.num_experts // EXPERT * 3 * d * text.moe_intermediate_size
     projections = 2 * 2 * d * (text.num_attention_heads + text.num_key_value_heads) * text.head_dim + 4 * d * text.num_experts
-    ends = 2 * 2 * d * text.vocab_size  # embedding and head
-    return {
+    # Few tokens are looked up where parts of the width are and exchanged; of many, the table is gathered (`ops.embedding`).
+    few = rows(compiled.choices) * FSDP * EXPERT * compiled.report.length <= text.vocab_size
+    ends = (1 if few else 2) * 2 * d * text.vocab_size  # head, and perhaps embedding
+    looked_up = {("all-to-all", "fsdp+expert"): 2 * 2 * rows(compiled.choices) * compiled.report.length * d} if few else {}
+    return looked_up | {
         ("all-gather", "expert"): layers * (3 * tokens + 2 * projections // FSDP) + ends // FSDP,
         ("reduce-scatter", "expert"): layers * (2 * tokens + projections // FSDP) + ends // FSDP,
         ("all-gather", "fsdp"): layers * 2 * (experts + projections) + ends,

@@ -193,6 +193,12 @@ def test_chunks_equal_the_whole_and_take_less_memory():
     assert part < 0.7 * whole  # two of the four parts at a time
 
 
+def test_streams_must_share_the_chunks():
+    x = jnp.zeros((2, CHUNK, D))
+    with jax.set_mesh(make_mesh()), pytest.raises(ConfigError, match="moe_chunks=3: 2 streams cannot share them"):
+        expert_parallel_mlp((x, x), (None, None), None, 3)
+
+
 def test_expert_axis_must_divide_the_groups():
     with jax.set_mesh(make_mesh(expert=8)), pytest.raises(ConfigError, match=r"expert=8 must divide router_n_groups=4"):
         Moe(text_config(router_n_groups=4), rngs=nnx.Rngs(0))

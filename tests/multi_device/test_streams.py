@@ -16,10 +16,11 @@ from tests.tiny import random_inputs, text_only
 CONFIG = text_only(num_hidden_layers=3, mlp_only_layers=(1,))
 
 
-@pytest.mark.parametrize("sizes, rows", [({}, 5), (dict(fsdp=2, expert=2), 16), (dict(fsdp=2, context=2), 8)], ids=str)
-def test_streams_equal_all_rows_at_once(sizes, rows):
+@pytest.mark.parametrize("sizes, rows, chunks", [({}, 5, 2), (dict(fsdp=2, expert=2), 16, 4), (dict(fsdp=2, context=2), 8, 2)], ids=str)
+def test_streams_equal_all_rows_at_once(sizes, rows, chunks):
     inputs = random_inputs(rows, CHUNK * sizes.get("context", 1))
-    documents = np.where(np.arange(inputs.tokens.shape[1]) < 50 + np.arange(rows)[:, None], 1, 2).astype(np.int32)
+    place = np.arange(inputs.tokens.shape[1]) - np.arange(rows)[:, None]
+    documents = np.where(place < 50, 1, np.where(place < 120, 2, 0)).astype(np.int32)  # and padding
     inputs = dataclasses.replace(inputs, segment_ids=documents)
 
     @jax.jit(static_argnums=2)
@@ -33,7 +34,7 @@ def test_streams_equal_all_rows_at_once(sizes, rows):
     with jax.set_mesh(make_mesh(**sizes)):
         model, probe_LR = create_model(CONFIG), probes(2)
         (_, together), of_together = gradients(model, probe_LR, 1)
-        (_, streams), of_streams = gradients(model, probe_LR, 2)
+        (_, streams), of_streams = gradients(model, probe_LR, chunks)
         np.testing.assert_array_equal(streams.routing_LBTGC, together.routing_LBTGC)
         for found, wanted in ((streams, together), (of_streams, of_together)):
             pairs = zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True)

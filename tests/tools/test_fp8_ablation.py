@@ -2,9 +2,13 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
+from interns1pro_jax.models.interns1pro import create_model
+from interns1pro_jax.sharding import make_mesh
+from tests.tiny import random_inputs, text_only
 from tools import fp8_ablation
 
 STEPS = 20
@@ -23,6 +27,17 @@ def test_the_recipe_learns_as_bfloat16_does(losses):
     assert exact.shape == (1, STEPS) and exact[0, -4:].mean() < exact[0, 0] - 1
     np.testing.assert_allclose(recipe, exact, rtol=0.02)
     assert not np.array_equal(recipe, exact)
+
+
+@pytest.mark.parametrize("variant", fp8_ablation.VARIANTS[-2:], ids=lambda variant: variant.name)
+def test_what_else_is_in_fp8_changes_the_forward_pass(variant):
+    config = text_only()
+    with jax.set_mesh(make_mesh()):
+        model, inputs = create_model(config), random_inputs(rows=1)
+        exact = jax.jit(lambda model: model(inputs).hidden_BTD)(model)
+        with variant.around():
+            rounded = jax.jit(lambda model: model(inputs).hidden_BTD)(model)
+    assert 0 < np.abs(rounded - exact).max() < 10 * np.abs(exact).max()
 
 
 def test_the_table_and_the_picture_have_every_variant(losses):
