@@ -135,6 +135,11 @@ def shards(dim: str) -> int:
     return axis_size(*RULES[dim])
 
 
+def token_axes() -> tuple[str, ...]:
+    """The mesh axes that split tokens."""
+    return RULES["batch"] + RULES["sequence"]
+
+
 def check_divisible(what: str, shape: Sequence[int], dims: Sequence[str | None]) -> None:
     """Raises `ConfigError`, with the numbers, where a dimension cannot be split evenly over the mesh in force."""
     for size, dim in zip(shape, dims, strict=True):

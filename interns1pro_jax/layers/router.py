@@ -28,11 +28,6 @@ from pallas_kernels.routing_reference import route_reference, straight_through
 NOT_RECORDED = 255  # in recorded routing: this token's experts are not known; groups of more experts record in uint16
 
 
-def _devices() -> tuple[str, ...]:
-    """The mesh axes that split tokens."""
-    return sharding.RULES["batch"] + sharding.RULES["sequence"]
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Routing:
@@ -54,7 +49,7 @@ class Routing:
     def specs() -> Routing:
         """How its arrays are split over the mesh."""
         slots = sharding.spec("batch", "sequence", None, None)
-        chunks = PartitionSpec(_devices(), None)
+        chunks = PartitionSpec(sharding.token_axes(), None)
         return Routing(slots, slots, slots, chunks)  # type: ignore[arg-type]
 
 
@@ -149,7 +144,9 @@ class Router(nnx.Module):
 def probes(layers: int) -> Float[Array, "L R"]:
     """Zeros, one for each layer and device that routes tokens, split over these: what is seen through them is summed after all layers,
     where no layer waits for it."""
-    return jnp.zeros((layers, sharding.axis_size(*_devices())), jnp.float32, out_sharding=PartitionSpec(None, _devices()))
+    return jnp.zeros(
+        (layers, sharding.axis_size(*sharding.token_axes())), jnp.float32, out_sharding=PartitionSpec(None, sharding.token_axes())
+    )
 
 
 def route_tokens(
@@ -168,7 +165,7 @@ def route_tokens(
         replay_BTGC = sharding.constrain(replay_BTGC, "batch", "sequence", None, None)
     return jax.shard_map(
         partial(_local_route, groups=groups, chosen=chosen, temperature=temperature),
-        in_specs=(sharding.spec("batch", "sequence", None), specs.ids_BTGC, PartitionSpec(_devices())),
+        in_specs=(sharding.spec("batch", "sequence", None), specs.ids_BTGC, PartitionSpec(sharding.token_axes())),
         out_specs=specs,
     )(sharding.constrain(logits_BTE, "batch", "sequence", None), replay_BTGC, probe_R)
 

@@ -34,9 +34,9 @@ def gathered(name: str, weight: Float[Array, "*shape"], dtype: jax.typing.DTypeL
 
     def local(weight: Array) -> Array:
         with jax.named_scope(name):
-            return gather_weight(weight, spec, dtype, frozenset(_devices()))[None]
+            return gather_weight(weight, spec, dtype, frozenset(sharding.token_axes()))[None]
 
-    return jax.shard_map(local, in_specs=spec, out_specs=PartitionSpec(_devices(), *(None,) * weight.ndim))(weight)
+    return jax.shard_map(local, in_specs=spec, out_specs=PartitionSpec(sharding.token_axes(), *(None,) * weight.ndim))(weight)
 
 
 def project(
@@ -52,10 +52,5 @@ def project(
         with jax.named_scope(formula):
             return (float32_product if float32 else jnp.einsum)(formula, x, copies[0])
 
-    specs = (x_spec, PartitionSpec(_devices(), *(None,) * (copies.ndim - 1)))
+    specs = (x_spec, PartitionSpec(sharding.token_axes(), *(None,) * (copies.ndim - 1)))
     return jax.shard_map(local, in_specs=specs, out_specs=PartitionSpec(*x_spec[:2], *(None,) * (rank - 2)))(x_BT, copies)
-
-
-def _devices() -> tuple[str, ...]:
-    """The mesh axes that split tokens."""
-    return sharding.RULES["batch"] + sharding.RULES["sequence"]
