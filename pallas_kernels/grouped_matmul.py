@@ -81,7 +81,12 @@ def grouped_matmul_reference(
 
 
 def check_operands(
-    lhs_MK: jax.Array, rhs_GKN: jax.Array, group_sizes_G: jax.Array, group_offset: int | jax.Array | None, *, transposed: bool = False
+    lhs_MK: jax.Array | jax.ShapeDtypeStruct,
+    rhs_GKN: jax.Array,
+    group_sizes_G: jax.Array,
+    group_offset: int | jax.Array | None,
+    *,
+    transposed: bool = False,
 ) -> None:
     """Raises ValueError or TypeError with what is wrong, what it is and what to do."""
     check_shapes(lhs_MK, rhs_GKN, group_sizes_G, group_offset, transposed=transposed)
@@ -90,7 +95,12 @@ def check_operands(
 
 
 def check_shapes(
-    lhs_MK: jax.Array, rhs_GKN: jax.Array, group_sizes_G: jax.Array, group_offset: int | jax.Array | None, *, transposed: bool = False
+    lhs_MK: jax.Array | jax.ShapeDtypeStruct,
+    rhs_GKN: jax.Array,
+    group_sizes_G: jax.Array,
+    group_offset: int | jax.Array | None,
+    *,
+    transposed: bool = False,
 ) -> None:
     """Raises ValueError or TypeError if rows, matrices and sizes do not fit together, whatever the operands' dtypes."""
     for name, x, rank in (("lhs_MK", lhs_MK, 2), ("rhs_GKN", rhs_GKN, 3), ("group_sizes_G", group_sizes_G, 1)):
@@ -133,13 +143,18 @@ def _forward(static: Static, transposed: bool, *operands: jax.Array) -> tuple[ja
 
 def _backward(static: Static, transposed: bool, operands: tuple[jax.Array, ...], grad_MN: jax.Array) -> tuple[Any, ...]:
     lhs_MK, rhs, sizes_G, offset = operands
-    return (*gradients(static, lhs_MK, rhs, sizes_G, offset, grad_MN, transposed=transposed), None, None)
+    _, chip, interpret = static
+    grad_MN = grad_MN.astype(lhs_MK.dtype)
+    grad_lhs_MK = product((lhs_MK.dtype, chip, interpret), grad_MN, rhs, sizes_G, offset, transposed=not transposed)
+    # What is sent back to the tokens' devices is needed before the gradient of the weights, and takes less time on the links.
+    grad_rhs = weight_gradient(static, lhs_MK, rhs, after(sizes_G, grad_lhs_MK), offset, grad_MN, transposed=transposed)
+    return grad_lhs_MK, grad_rhs, None, None
 
 
 _grouped_matmul.defvjp(_forward, _backward)
 
 
-def gradients(
+def weight_gradient(
     static: Static,
     lhs_MK: jax.Array,
     rhs: jax.Array,
@@ -148,20 +163,16 @@ def gradients(
     grad_MN: jax.Array,
     *,
     transposed: bool = False,
-) -> tuple[jax.Array, jax.Array]:
-    """Of `lhs_MK` and `rhs`, from that of their product."""
+) -> jax.Array:
+    """Of `rhs`, from that of the product of `lhs_MK` with it."""
     _, chip, interpret = static
-    grad_MN = grad_MN.astype(lhs_MK.dtype)
-    grad_lhs_MK = product((lhs_MK.dtype, chip, interpret), grad_MN, rhs, sizes_G, offset, transposed=not transposed)
     left, right = (grad_MN, lhs_MK) if transposed else (lhs_MK, grad_MN)
     (num_rows, depth), columns, itemsize = left.shape, right.shape[1], left.dtype.itemsize
     tiling = outer_tiling(chip, num_rows, depth, columns, sizes_G.size, itemsize, rhs.dtype.itemsize)
-    # What is sent back to the tokens' devices is needed before the gradient of the weights, and takes less time on the links.
-    ordered_G = after(sizes_G, grad_lhs_MK)
-    grad_rhs = grouped_outer(left, right, ordered_G, dtype=rhs.dtype, tiling=tiling, interpret=interpret)
+    grad_rhs = grouped_outer(left, right, sizes_G, dtype=rhs.dtype, tiling=tiling, interpret=interpret)
     if rhs.shape[0] > sizes_G.size:
         grad_rhs = jax.lax.dynamic_update_slice_in_dim(jnp.zeros_like(rhs), grad_rhs, offset, axis=0)
-    return grad_lhs_MK, grad_rhs
+    return grad_rhs
 
 
 def product(

@@ -32,7 +32,7 @@ from interns1pro_jax.config import ConfigError, TextConfig
 from interns1pro_jax.layers.lora import ExpertAdapters
 from interns1pro_jax.layers.parameter import normal, parameter
 from interns1pro_jax.layers.router import Router, Routing
-from interns1pro_jax.ops.expert_products import EXPERT_PRODUCTS, ExpertProducts, with_adapters
+from interns1pro_jax.ops.expert_products import EXPERT_PRODUCTS, ExpertMlp, ExpertProducts, with_adapters
 from interns1pro_jax.ops.permutation import combine, destinations, dispatch, make_plan, permute_slots
 from interns1pro_jax.ops.varying import as_varying, varying_axes
 from pallas_kernels.order import all_after
@@ -154,7 +154,7 @@ def _local_mlp(
     gathers: bool,
     together: int,
     steps: int,
-    products,
+    products: ExpertProducts,
     scale: float,
 ):
     """One device's part; arguments are its shards. `together` parts are computed in each of so many `steps`."""
@@ -178,13 +178,14 @@ def _local_mlp(
         wos, wis = (_gathered(together, w) for w in (wo, wi))
     else:
         wis, wos = (wi,) * together, (wo,) * together
+    expert_mlp = products.mlp
     if adapters is not None:
         wi_a, wi_b, wo_a, wo_b = (as_varying(w.astype(dtype), varying_axes(like)) for w in adapters)
         with jax.named_scope("adapter_all_gather"):
             wi_a, wo_b = jax.lax.all_gather(wi_a, "fsdp", axis=1, tiled=True), jax.lax.all_gather(wo_b, "fsdp", axis=2, tiled=True)
-        products = with_adapters(products, (wi_a, wi_b), (wo_a, wo_b), scale)
+        expert_mlp = with_adapters(products.product, (wi_a, wi_b), (wo_a, wo_b), scale)
 
-    mlp = partial(_chunk_mlp, transposed=gathers, products=products, ranks=ranks, own_experts=own_experts, offset=offset)
+    mlp = partial(_chunk_mlp, transposed=gathers, expert_mlp=expert_mlp, ranks=ranks, own_experts=own_experts, offset=offset)
     tokens = []
     for x_BTD, routing in zip(streams, routings, strict=True):
         per_token = (x_BTD, routing.ids_BTGC, routing.ranks_BTGC, routing.weights_BTGC)
@@ -238,7 +239,7 @@ def _backward(_: None, gradients: tuple[jax.Array, ...]) -> tuple[jax.Array, ...
 _tokens_first.defvjp(lambda *arrays: (arrays, None), _backward)
 
 
-def _chunk_mlp(tokens, wi, wo, *, transposed: bool, products: ExpertProducts, ranks: int, own_experts: int, offset):
+def _chunk_mlp(tokens, wi, wo, *, transposed: bool, expert_mlp: ExpertMlp, ranks: int, own_experts: int, offset):
     """Some tokens of every device of the expert axis through the experts of this one, and back; `tokens` are this device's, with
     their routing. `transposed` are the matrices `wo`."""
     x_TD, ids_TGC, ranks_TGC, weights_TGC, counts_NE = tokens
@@ -257,7 +258,8 @@ def _chunk_mlp(tokens, wi, wo, *, transposed: bool, products: ExpertProducts, ra
     plan = make_plan(dest_NS, jax.lax.dynamic_slice_in_dim(sizes_RE.sum(0), rank * own_experts, own_experts))
 
     rows_MD = dispatch(x_ND, plan)
-    hidden_MF = products.swiglu(rows_MD, wi, permute_slots(weights_NS, plan), plan.group_sizes_G, group_offset=offset)
-    out_ND = combine(products.product(hidden_MF, wo, plan.group_sizes_G, transposed=transposed, group_offset=offset), plan)
+    weights_M = permute_slots(weights_NS, plan)
+    out_MD = expert_mlp(rows_MD, wi, wo, weights_M, plan.group_sizes_G, transposed=transposed, group_offset=offset)
+    out_ND = combine(out_MD, plan)
     with jax.named_scope("token_reduce_scatter"):
         return jax.lax.psum_scatter(out_ND, "expert", tiled=True)

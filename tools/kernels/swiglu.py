@@ -80,20 +80,19 @@ def _around(before: Step | None, program: Program, behind: Step | None) -> Progr
 
 def gradients(_chip: Chip) -> list[Case]:
     """The kernel of SwiGLU's gradients. The least work reads gate, up, the result's gradient and the weights, and writes the gradients of
-    all but the third."""
+    all but the third, and the hidden rows."""
     rows = _ROWS[-1]
     gate_up, grad = (jax.ShapeDtypeStruct((rows, width), jnp.bfloat16) for width in (_PRODUCT.n, _HIDDEN))
-    work = Work(0.0, float(rows * (_BYTES * (2 * _PRODUCT.n + _HIDDEN) + 2 * _WEIGHT_BYTES)))
+    work = Work(0.0, float(rows * block_rows(_PRODUCT.n, _BYTES)[1]))
     launch = Launch(swiglu_gradient, (gate_up, jax.ShapeDtypeStruct((rows,), jnp.float32), grad))
     return [Case(f"gradient of swiglu, {rows} rows", lambda _chip: launch, work, functools.partial(_gradients, rows))]
 
 
 def _gradients(rows: int, chip: Chip, compilation: Compilation, _sizes: np.ndarray) -> Program:
-    """A visit per block of rows. XLA spreads the weights over a register's width first, and sums their gradients over it in the end."""
-    spread = float(rows * WEIGHT / chip.cores)
+    """A visit per block of rows."""
     block, row = block_rows(_PRODUCT.n, _BYTES)
-    read = float(block * (_BYTES * (_PRODUCT.n + _HIDDEN) + WEIGHT))
+    read = float(block * (_BYTES * (_PRODUCT.n + _HIDDEN) + _WEIGHT_BYTES))
     (loop,) = (region for region in compilation.main.root.children if region.kind == "loop")
     visits = [Visit(loop.total.cycles, 0.0, {"in": (i, read)}, (i, block * row - read)) for i in range(math.ceil(rows / block))]
     cores = (pipelined([visits[i] for i in share], {"in": 2}) for share in np.array_split(np.arange(len(visits)), chip.cores))
-    return _around(Step(issues=(("spread", spread),)), Program(tuple(cores)), Step(issues=(("summed", spread),)))
+    return Program(tuple(cores))
