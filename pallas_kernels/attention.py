@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -40,14 +41,14 @@ class Tiling:
 
     Attributes:
       forward, backward: of splash: queries, keys that are loaded together, and keys of one product.
-      short: of `attention_forward`: queries, and keys of a chunk; None where splash takes less.
+      short: of `attention_forward`: queries, and keys of a chunk.
       gradient: of `attention_gradient`: queries, and keys of one product.
       vmem: bytes of vector memory that these may take; rows for which they would take more have splash's.
     """
 
     forward: tuple[int, int, int]
     backward: tuple[int, int, int]
-    short: tuple[int, int] | None
+    short: tuple[int, int]
     gradient: tuple[int, int]
     vmem: int
 
@@ -55,8 +56,8 @@ class Tiling:
 # Splash's compile within the vector memory that XLA gives a kernel by default (v5e, for which only short rows were compiled, as v5p). The
 # blocks of our kernels were chosen by hand from a few compiled schedules of rows of 4,096, and nothing was tuned on a chip.
 _TILINGS = {
-    "v5e": Tiling((1024, 1024, 512), (512, 1024, 512), None, (512, 512), CHIPS["v5e"].vmem - MIB),
-    "v5p": Tiling((1024, 1024, 512), (512, 1024, 512), None, (512, 512), CHIPS["v5p"].vmem - MIB),
+    "v5e": Tiling((1024, 1024, 512), (512, 1024, 512), (512, 1024), (512, 512), CHIPS["v5e"].vmem - MIB),
+    "v5p": Tiling((1024, 1024, 512), (512, 1024, 512), (512, 1024), (512, 512), CHIPS["v5p"].vmem - MIB),
     "v6e": Tiling((1024, 2048, 512), (1024, 1024, 512), (1024, 1024), (1024, 512), CHIPS["v6e"].vmem - MIB),
     "tpu7x": Tiling((1024, 2048, 512), (1024, 1024, 512), (1024, 1024), (1024, 512), CHIPS["tpu7x"].vmem - MIB),
 }
@@ -93,32 +94,35 @@ def attention(
 
     T / runs and S must be multiples of 128. Inside `jax.shard_map` it needs `check_vma=False`: splash does not type its results.
     """
-    plan = _plan(q_BTQH.shape[1] // runs, k_BSKH, tiling, causal, name, interpret)
+    B, T, Q, H = q_BTQH.shape
+    plan = _plan(T // runs, k_BSKH, tiling, causal, name, interpret)
     # Scores are scaled by way of the keys, which are fewer than the queries where heads are grouped.
     scaled = (k_BSKH.astype(jnp.float32) * scale).astype(k_BSKH.dtype)
-
-    def row(arrays: tuple[jax.Array, ...]) -> jax.Array:
-        if plan.gradient is None:
-            (out_QTH,) = _splash(plan, *arrays, residuals=False)
-            return out_QTH
-        return _attention(plan, *arrays)
-
-    # Outside the loop over rows is all that need not be in it: what it keeps for the backward pass it copies.
     heads_first = (jnp.swapaxes(x, 1, 2) for x in (q_BTQH, scaled, v_BSKH))
     arrays = (*heads_first, q_segment_BT, kv_segment_BS, q_index_BT)
-    rows = len(q_BTQH)
-    one_by_one = rows <= _UNROLLED
-    out_BQTH = jnp.stack([row(tuple(x[i] for x in arrays)) for i in range(rows)]) if one_by_one else jax.lax.map(row, arrays)
-    return jnp.swapaxes(out_BQTH, 1, 2)
+    if plan.short is None:
+        one_by_one = B <= _UNROLLED
+        rows = functools.partial(_splash, plan)
+        out = jnp.stack([rows(tuple(x[i] for x in arrays)) for i in range(B)]) if one_by_one else jax.lax.map(rows, arrays)
+    else:
+        out = _attention(plan, *arrays)
+    return out.reshape(B, T, Q, H) if out.ndim == 3 else jnp.swapaxes(out, 1, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Blocks:
+    """Queries and keys of a block of scores of our kernels, forward and for the gradients."""
+
+    forward: tuple[int, int]
+    gradient: tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """Blocks and options of a row; `forward` and `gradient` are queries and keys of a block of our kernels, None where splash is used."""
+    """Blocks and options: `short` where our kernels are used, else `long` for splash."""
 
-    splash: BlockSizes
-    forward: tuple[int, int] | None
-    gradient: tuple[int, int] | None
+    short: _Blocks | None
+    long: BlockSizes
     causal: bool
     name: str | None
     interpret: Interpret
@@ -130,44 +134,48 @@ def _plan(queries: int, k_BSKH: jax.Array, tiling: Tiling, causal: bool, name: s
     def fit(length: int, most: int) -> int:
         return max(size for size in range(LANES, min(length, most) + 1, LANES) if length % size == 0)
 
+    def fit_both(blocks: tuple[int, int]) -> tuple[int, int]:
+        return fit(queries, blocks[0]), fit(keys, blocks[1])
+
+    def in_vmem(bytes_of: Callable[..., int], most: tuple[int, int]) -> tuple[int, int] | None:
+        """Blocks that are within the memory, if need be of fewer queries."""
+        blocks = fit_both(most)
+        if bytes_of(keys, width, k_BSKH.dtype.itemsize, *blocks) <= tiling.vmem:
+            return blocks
+        return in_vmem(bytes_of, (most[0] // 2, most[1])) if most[0] > LANES else None
+
     _, keys, _, width = k_BSKH.shape
-    q, kv, compute = tiling.forward
-    kv = fit(keys, kv)
-    sizes = BlockSizes(fit(queries, q), kv, fit(kv, compute))
-    gradient = fit(queries, tiling.gradient[0]), fit(keys, tiling.gradient[1])
-    if attention_gradient.vmem_bytes(keys, width, k_BSKH.dtype.itemsize, *gradient) <= tiling.vmem:
-        forward = None if tiling.short is None else (fit(queries, tiling.short[0]), fit(keys, tiling.short[1]))
-        if forward and attention_forward.vmem_bytes(keys, width, k_BSKH.dtype.itemsize, *forward) > tiling.vmem:
-            forward = None
-        return _Plan(sizes, forward, gradient, causal, name, interpret)
-    q, kv, compute = tiling.backward
-    q, kv = fit(queries, q), fit(keys, kv)
-    sizes = dataclasses.replace(sizes, block_q_dkv=q, block_kv_dkv=kv, block_kv_dkv_compute=fit(kv, compute), block_q_dq=q, block_kv_dq=kv)
-    return _Plan(sizes, None, None, causal, name, interpret)
+    forward = in_vmem(attention_forward.vmem_bytes, tiling.short)
+    gradient = in_vmem(attention_gradient.vmem_bytes, tiling.gradient)
+    short = _Blocks(forward, gradient) if forward and gradient else None
+    (q, kv), (q_back, kv_back) = fit_both(tiling.forward[:2]), fit_both(tiling.backward[:2])
+    long = BlockSizes(
+        q, kv, fit(kv, tiling.forward[2]), q_back, kv_back, fit(kv_back, tiling.backward[2]), block_q_dq=q_back, block_kv_dq=kv_back
+    )  # fmt: skip
+    return _Plan(short, long, causal, name, interpret)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(plan: _Plan, *arrays: jax.Array) -> jax.Array:
-    out_QTH, *_ = _splash(plan, *arrays, residuals=False) if plan.forward is None else _whole_row(plan, plan.forward, *arrays)
-    return out_QTH
+    """The result of our kernels, as `attention_forward` gives it."""
+    return _whole_rows(plan, *arrays)[0]
 
 
 def _forward(plan: _Plan, *arrays: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    out_QTH, log_z_QT = _splash(plan, *arrays, residuals=True) if plan.forward is None else _whole_row(plan, plan.forward, *arrays)
+    out, log_z_BQT = _whole_rows(plan, *arrays)
     if plan.name is not None:
-        out_QTH, log_z_QT = checkpoint_name(out_QTH, plan.name), checkpoint_name(log_z_QT, plan.name)
-    return out_QTH, (*arrays, out_QTH, log_z_QT)
+        out, log_z_BQT = checkpoint_name(out, plan.name), checkpoint_name(log_z_BQT, plan.name)
+    return out, (*arrays, out, log_z_BQT)
 
 
-def _backward(plan: _Plan, saved: tuple[jax.Array, ...], grad_QTH: jax.Array) -> tuple[jax.Array | None, ...]:
-    q_QTH, k_KSH, v_KSH, q_segment_T, kv_segment_S, q_index_T, out_QTH, log_z_QT = saved
-    assert plan.gradient is not None
-    shift_QT = jnp.sum(grad_QTH.astype(jnp.float32) * out_QTH.astype(jnp.float32), -1)
+def _backward(plan: _Plan, saved: tuple[jax.Array, ...], grad: jax.Array) -> tuple[jax.Array | None, ...]:
+    q_BQTH, k_BKSH, v_BKSH, q_segment_BT, kv_segment_BS, q_index_BT, out, log_z_BQT = saved
+    assert plan.short is not None
     # Padding sees nothing here, as by its definition: its weights could be of keys that the forward has not visited.
-    q_segment_T = jnp.where(q_segment_T > 0, q_segment_T, -1)
-    sight = _sight(q_segment_T, kv_segment_S, q_index_T, *plan.gradient, plan.causal)
+    q_segment_BT = jnp.where(q_segment_BT > 0, q_segment_BT, -1)
+    places = (q_segment_BT, kv_segment_BS, q_index_BT)
     gradients = attention_gradient.attention_gradient(
-        q_QTH, k_KSH, v_KSH, grad_QTH, log_z_QT, shift_QT, q_segment_T, kv_segment_S, q_index_T, sight,
+        q_BQTH, k_BKSH, v_BKSH, out, grad, log_z_BQT, *places, _of_rows(_sight, places, plan.short.gradient, plan.causal),
         causal=plan.causal, interpret=plan.interpret,
     )  # fmt: skip
     return *gradients, None, None, None
@@ -176,27 +184,30 @@ def _backward(plan: _Plan, saved: tuple[jax.Array, ...], grad_QTH: jax.Array) ->
 _attention.defvjp(_forward, _backward)
 
 
-def _whole_row(
-    plan: _Plan, blocks: tuple[int, int], q_QTH: jax.Array, k_KSH: jax.Array, v_KSH: jax.Array, q_segment_T: jax.Array,
-    kv_segment_S: jax.Array, q_index_T: jax.Array,
+def _whole_rows(
+    plan: _Plan, q_BQTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, q_segment_BT: jax.Array, kv_segment_BS: jax.Array,
+    q_index_BT: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """The result and the logarithm of the softmax's denominator, by our kernel."""
-    places = (kv_segment_S, q_index_T, *blocks, plan.causal)
+    assert plan.short is not None
+    blocks, causal = plan.short.forward, plan.causal
     # Padding needs no more than a block with its own key, as by splash.
-    needed = _sight(jnp.where(q_segment_T > 0, q_segment_T, -1), *places)
-    sight = jnp.where(_seen(q_segment_T, *places), jnp.maximum(needed, PARTLY), needed)
+    needed = _of_rows(_sight, (jnp.where(q_segment_BT > 0, q_segment_BT, -1), kv_segment_BS, q_index_BT), blocks, causal)
+    seen = _of_rows(_seen, (q_segment_BT, kv_segment_BS, q_index_BT), blocks, causal)
     return attention_forward.attention_forward(
-        q_QTH, k_KSH, v_KSH, q_segment_T, kv_segment_S, q_index_T, sight, causal=plan.causal, interpret=plan.interpret
-    )
+        q_BQTH, k_BKSH, v_BKSH, q_segment_BT, kv_segment_BS, q_index_BT, jnp.where(seen, jnp.maximum(needed, PARTLY), needed),
+        causal=causal, interpret=plan.interpret,
+    )  # fmt: skip
 
 
-def _splash(
-    plan: _Plan, q_QTH: jax.Array, k_KSH: jax.Array, v_KSH: jax.Array, q_segment_T: jax.Array, kv_segment_S: jax.Array,
-    q_index_T: jax.Array, *, residuals: bool,
-) -> tuple[jax.Array, ...]:  # fmt: skip
-    """The result and, as a residual, the logarithm of the softmax's denominator; differentiable if the blocks are there and no residual
-    is asked for."""
-    sizes, index = plan.splash, q_index_T if plan.causal else None
+def _of_rows(table: Callable[..., jax.Array], places: tuple[jax.Array, ...], blocks: tuple[int, int], causal: bool) -> jax.Array:
+    return jax.vmap(lambda *row: table(*row, *blocks, causal))(*places)
+
+
+def _splash(plan: _Plan, arrays: tuple[jax.Array, ...]) -> jax.Array:
+    """The result of one row, [Q, T, H]; differentiable."""
+    *operands, q_segment_T, kv_segment_S, q_index_T = arrays
+    sizes, index = plan.long, q_index_T if plan.causal else None
 
     def seen(queries: int | None, keys: int | None) -> jax.Array:
         assert queries is not None and keys is not None
@@ -204,23 +215,20 @@ def _splash(
 
     kernel = SplashAttentionKernel(
         _by_keys(seen(sizes.block_q, sizes.block_kv), index),
-        _by_keys(seen(sizes.block_q_dq, sizes.block_kv_dq), index) if plan.gradient is None else None,
-        _by_queries(seen(sizes.block_q_dkv, sizes.block_kv_dkv), index) if plan.gradient is None else None,
+        _by_keys(seen(sizes.block_q_dq, sizes.block_kv_dq), index),
+        _by_queries(seen(sizes.block_q_dkv, sizes.block_kv_dkv), index),
         block_sizes=sizes,
         is_mqa=False,
-        save_residuals=residuals,
+        save_residuals=False,
         mask_value=_MASKED,
         attn_logits_soft_cap=None,
-        # Otherwise the name is given where the residual is kept.
-        residual_checkpoint_name=plan.name if plan.gradient is None else None,
+        residual_checkpoint_name=plan.name,
         mask_function=_up_to_own if plan.causal else None,
         interpret=plan.interpret,
     )
-    result = kernel(q_QTH, k_KSH, v_KSH, segment_ids=SegmentIds(q_segment_T, kv_segment_S))
-    if isinstance(result, jax.Array):
-        return (result,)
-    out_QTH, (log_z_QT,) = result
-    return out_QTH, log_z_QT
+    out_QTH = kernel(*operands, segment_ids=SegmentIds(q_segment_T, kv_segment_S))
+    assert isinstance(out_QTH, jax.Array)  # no residuals beside it
+    return out_QTH
 
 
 def _up_to_own(q_index: jax.Array, kv_index: jax.Array) -> jax.Array:

@@ -8,6 +8,9 @@ reason, and since its product then fills matrix units that are wider than a head
 A query's weights need the largest score first, so that products and weights of one chunk follow each other. Therefore a chunk is two
 halves, and the scores of the next half, of this chunk or of the next one, are computed beside the weights of the one before.
 
+The result leaves with a token's heads beside each other, as the product that follows contracts over them: head by head it would fill
+half of a matrix unit that is deeper than a head.
+
 Letters: T queries, S keys, Q query heads, K key/value heads, H head width.
 """
 
@@ -20,7 +23,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.attention_gradient import HIDDEN, LANES, PARTLY, WHOLLY
+from pallas_kernels.attention_gradient import HIDDEN, LANES, PARTLY, WHOLLY, beside
 from pallas_kernels.shapes import full_precision, varying_like
 
 _MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
@@ -38,76 +41,81 @@ def vmem_bytes(keys: int, width: int, itemsize: int, queries: int, chunk: int) -
 
 
 def attention_forward(
-    q_QTH: jax.Array,
-    k_KSH: jax.Array,
-    v_KSH: jax.Array,
-    q_segment_T: jax.Array,
-    kv_segment_S: jax.Array,
-    q_index_T: jax.Array,
+    q_BQTH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    q_segment_BT: jax.Array,
+    kv_segment_BS: jax.Array,
+    q_index_BT: jax.Array,
     sight: jax.Array,
     *,
     causal: bool,
     interpret: bool | pltpu.InterpretParams = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Weighted values [Q, T, H], of the queries' dtype, and the logarithm of the softmax's denominator [Q, T], float32; products in the
-    operands' dtype, the rest in float32.
+    """Weighted values, of the queries' dtype, [B, T, Q * H], or where heads do not lie `beside` each other [B, Q, T, H]; and the logarithm
+    of the softmax's denominator [B, Q, T], float32. Products are in the operands' dtype, the rest in float32.
 
     Args:
-      k_KSH: scaled; query head i reads key/value head i // (Q/K).
-      q_segment_T, kv_segment_S: a query sees keys of its own segment.
-      q_index_T: if `causal`, a query sees keys up to this one only.
-      sight: what the queries of each block see of each chunk of keys, int32 [blocks, chunks] of `HIDDEN`, `PARTLY` and `WHOLLY`; each
+      k_BKSH: scaled; query head i reads key/value head i // (Q/K).
+      q_segment_BT, kv_segment_BS: a query sees keys of its own segment.
+      q_index_BT: if `causal`, a query sees keys up to this one only.
+      sight: what the queries of each block see of each chunk of keys, int32 [B, blocks, chunks] of `HIDDEN`, `PARTLY` and `WHOLLY`; each
         query sees a key of a chunk that is not hidden. Blocks and chunks are equal parts of T and S, multiples of 128.
     """
-    (Q, T, H), (K, S, _), (blocks, chunks) = q_QTH.shape, k_KSH.shape, sight.shape
+    (B, Q, T, H), (_, K, S, _), (_, blocks, chunks) = q_BQTH.shape, k_BKSH.shape, sight.shape
     R, queries, keys = Q // K, T // blocks, S // chunks
 
     # Chunks in the order of their visits, the hidden ones last.
-    visits = jnp.argsort(sight == HIDDEN, axis=1, stable=True).astype(jnp.int32)
-    count = jnp.sum(sight > HIDDEN, axis=1, dtype=jnp.int32)
+    visits = jnp.argsort(sight == HIDDEN, axis=-1, stable=True).astype(jnp.int32)
+    count = jnp.sum(sight > HIDDEN, axis=-1, dtype=jnp.int32)
 
-    per_query = pl.BlockSpec((None, queries, H), lambda k, r, t, *_: (k * R + r, t, 0))
-    per_key = pl.BlockSpec((None, S, H), lambda k, r, t, *_: (k, 0, 0))
-    number = pl.BlockSpec((None, 1, queries), lambda k, r, t, *_: (k * R + r, 0, t))
-    place_of_query = pl.BlockSpec((1, queries), lambda k, r, t, *_: (0, t))
-    segments = pl.BlockSpec((S, LANES), lambda *_: (0, 0), pipeline_mode=pl.Buffered(1))
+    per_query = pl.BlockSpec((None, None, queries, H), lambda b, k, r, t, *_: (b, k * R + r, t, 0))
+    per_key = pl.BlockSpec((None, None, S, H), lambda b, k, r, t, *_: (b, k, 0, 0))
+    number = pl.BlockSpec((None, None, 1, queries), lambda b, k, r, t, *_: (b, k * R + r, 0, t))
+    place_of_query = pl.BlockSpec((None, 1, queries), lambda b, k, r, t, *_: (b, 0, t))
+    segments = pl.BlockSpec((None, S, LANES), lambda b, *_: (b, 0, 0), pipeline_mode=pl.Buffered(1))
+    result = pl.BlockSpec((None, queries, H), lambda b, k, r, t, *_: (b, t, k * R + r)) if beside(H) else per_query
 
-    operands = (q_QTH, k_KSH, v_KSH)
+    out_shape = (B, T, Q * H) if beside(H) else q_BQTH.shape
+
+    operands = (q_BQTH, k_BKSH, v_BKSH)
     # Blocks on the diagonal are computed whole; the longer side of a block sets how many there are.
     share = (1 + max(queries, keys) / S) / 2 if causal else 1.0
-    scores = int(Q * T * S * share)
-    out_QTH, log_z_Q1T = pl.pallas_call(
+    scores = int(B * Q * T * S * share)
+    out, log_z_BQ1T = pl.pallas_call(
         functools.partial(_kernel, causal=causal, keys=keys),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
-            grid=(K, R, blocks),
+            grid=(B, K, R, blocks),
             in_specs=[per_query, per_key, per_key, place_of_query, segments, place_of_query],
-            out_specs=(per_query, number),
+            out_specs=(result, number),
             scratch_shapes=[pltpu.VMEM((rows, queries), jnp.float32) for rows in (H, 1, 1, keys // 2, keys // 2)],
         ),
-        out_shape=(varying_like(q_QTH.shape, q_QTH.dtype, *operands), varying_like((Q, 1, T), jnp.float32, *operands)),
+        out_shape=(varying_like(out_shape, q_BQTH.dtype, *operands), varying_like((B, Q, 1, T), jnp.float32, *operands)),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",) * 3,
-            vmem_limit_bytes=vmem_bytes(S, H, k_KSH.dtype.itemsize, queries, keys),
+            dimension_semantics=("parallel",) * 4,
+            vmem_limit_bytes=vmem_bytes(S, H, k_BKSH.dtype.itemsize, queries, keys),
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * 2 * scores * H,
             transcendentals=scores,
-            bytes_accessed=2 * q_QTH.nbytes + 2 * k_KSH.nbytes + Q * T * 4,
+            bytes_accessed=2 * q_BQTH.nbytes + 2 * k_BKSH.nbytes + B * Q * T * 4,
         ),
         interpret=interpret,
         name="attention_forward",
     )(
-        visits, count, sight, q_QTH, k_KSH, v_KSH, q_segment_T[None], jnp.broadcast_to(kv_segment_S[:, None], (S, LANES)), q_index_T[None]
+        *(table.reshape(-1) for table in (visits, count, sight)), q_BQTH, k_BKSH, v_BKSH,
+        q_segment_BT[:, None], jnp.broadcast_to(kv_segment_BS[..., None], (B, S, LANES)), q_index_BT[:, None],
     )  # fmt: skip
-    return out_QTH, log_z_Q1T[:, 0]
+    return out, log_z_BQ1T[:, :, 0]
 
 
 def _kernel(  # type: ignore[no-untyped-def]
     visits, count, sight, q, k, v, q_segment, kv_segment, q_index, out, log_z, total, top, denominator, *halves,
     causal: bool, keys: int,
 ) -> None:  # fmt: skip
-    block, half = pl.program_id(2), keys // 2
+    chunks, half = k.shape[0] // keys, keys // 2
+    block = pl.program_id(0) * pl.num_programs(3) + pl.program_id(3)
     columns = _COLUMNS if q.shape[0] % _COLUMNS == 0 else LANES
     product = functools.partial(jax.lax.dot_general, precision=full_precision(q.dtype), preferred_element_type=jnp.float32)
 
@@ -145,11 +153,11 @@ def _kernel(  # type: ignore[no-untyped-def]
         scores_of(following, 0)
         add(chunk, 1, masked)
 
-    scores_of(visits[block, 0], 0)
+    scores_of(visits[block * chunks], 0)
 
     def step(place: jax.Array, _: None) -> None:
-        chunk, following = visits[block, place], visits[block, jnp.minimum(place + 1, count[block] - 1)]
-        state = sight[block, chunk]
+        chunk, following = (visits[block * chunks + at] for at in (place, jnp.minimum(place + 1, count[block] - 1)))
+        state = sight[block * chunks + chunk]
         pl.when(state == WHOLLY)(lambda: both(chunk, following, masked=False))
         pl.when(state == PARTLY)(lambda: both(chunk, following, masked=True))
 

@@ -29,20 +29,26 @@ def vmem_bytes(keys: int, width: int, itemsize: int, queries: int, chunk: int) -
     are there twice; of scores there are up to two arrays, four where products of float32 take several of bfloat16."""
     lanes = pl.cdiv(width, LANES) * LANES
     per_key = 4 * 2 * lanes * itemsize + 2 * lanes * 4 + LANES * 4  # k, v and their gradients; sums of these; segments
-    per_query = 3 * 2 * lanes * itemsize + 2 * lanes * 4 + 4 * 2 * 8 * 4  # q and both gradients; sums, and these turned; numbers
+    per_query = 4 * 2 * lanes * itemsize + 2 * lanes * 4 + 4 * 2 * 8 * 4  # q, the result and gradients; sums, and these turned; numbers
     return keys * per_key + queries * per_query + itemsize * queries * chunk * 4
 
 
+def beside(width: int) -> bool:
+    """Whether a token's heads of this width lie beside each other, [T, Q * H], in the result of attention and its gradient: else a head
+    is no whole number of registers there, and heads come before tokens."""
+    return width % LANES == 0
+
+
 def attention_gradient(
-    q_QTH: jax.Array,
-    k_KSH: jax.Array,
-    v_KSH: jax.Array,
-    grad_QTH: jax.Array,
-    log_z_QT: jax.Array,
-    shift_QT: jax.Array,
-    q_segment_T: jax.Array,
-    kv_segment_S: jax.Array,
-    q_index_T: jax.Array,
+    q_BQTH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    out: jax.Array,
+    grad: jax.Array,
+    log_z_BQT: jax.Array,
+    q_segment_BT: jax.Array,
+    kv_segment_BS: jax.Array,
+    q_index_BT: jax.Array,
     sight: jax.Array,
     *,
     causal: bool,
@@ -51,75 +57,78 @@ def attention_gradient(
     """Gradients with respect to queries, keys and values, of their dtypes; products in the operands' dtype, the rest in float32.
 
     Args:
-      k_KSH: scaled; query head i reads key/value head i // (Q/K).
-      grad_QTH: gradient of the result.
-      log_z_QT: logarithm of the softmax's denominator, float32.
-      shift_QT: sum of the gradient of the result times the result, float32.
-      q_segment_T, kv_segment_S: a query sees keys of its own segment.
-      q_index_T: if `causal`, a query sees keys up to this one only.
-      sight: what the queries of each block see of each chunk of keys, int32 [blocks, chunks] of `HIDDEN`, `PARTLY` and `WHOLLY`; blocks
-        and chunks are equal parts of T and S, multiples of 128.
+      k_BKSH: scaled; query head i reads key/value head i // (Q/K).
+      out, grad: the result and its gradient, [B, T, Q * H], or where heads do not lie `beside` each other [B, Q, T, H].
+      log_z_BQT: logarithm of the softmax's denominator, float32.
+      q_segment_BT, kv_segment_BS: a query sees keys of its own segment.
+      q_index_BT: if `causal`, a query sees keys up to this one only.
+      sight: what the queries of each block see of each chunk of keys, int32 [B, blocks, chunks] of `HIDDEN`, `PARTLY` and `WHOLLY`;
+        blocks and chunks are equal parts of T and S, multiples of 128.
     """
-    (Q, T, H), (K, S, _), (blocks, chunks) = q_QTH.shape, k_KSH.shape, sight.shape
+    (B, Q, T, H), (_, K, S, _), (_, blocks, chunks) = q_BQTH.shape, k_BKSH.shape, sight.shape
     R, queries, keys = Q // K, T // blocks, S // chunks
 
-    place = jax.lax.broadcasted_iota(jnp.int32, sight.shape, 1)
-    first = jnp.where(sight > HIDDEN, place, chunks).min(1)
-    end = jnp.where(sight > HIDDEN, place + 1, 0).max(1)
+    place = jax.lax.broadcasted_iota(jnp.int32, sight.shape, 2)
+    first = jnp.where(sight > HIDDEN, place, chunks).min(-1)
+    end = jnp.where(sight > HIDDEN, place + 1, 0).max(-1)
 
-    per_query = pl.BlockSpec((None, queries, H), lambda k, r, t, *_: (k * R + r, t, 0))
-    per_key = pl.BlockSpec((None, S, H), lambda k, r, t, *_: (k, 0, 0))
-    number = pl.BlockSpec((None, 1, queries), lambda k, r, t, *_: (k * R + r, 0, t))
-    place_of_query = pl.BlockSpec((1, queries), lambda k, r, t, *_: (0, t))
-    segments = pl.BlockSpec((S, LANES), lambda *_: (0, 0), pipeline_mode=pl.Buffered(1))
+    per_query = pl.BlockSpec((None, None, queries, H), lambda b, k, r, t, *_: (b, k * R + r, t, 0))
+    per_key = pl.BlockSpec((None, None, S, H), lambda b, k, r, t, *_: (b, k, 0, 0))
+    number = pl.BlockSpec((None, None, 1, queries), lambda b, k, r, t, *_: (b, k * R + r, 0, t))
+    place_of_query = pl.BlockSpec((None, 1, queries), lambda b, k, r, t, *_: (b, 0, t))
+    segments = pl.BlockSpec((None, S, LANES), lambda b, *_: (b, 0, 0), pipeline_mode=pl.Buffered(1))
+    result = pl.BlockSpec((None, queries, H), lambda b, k, r, t, *_: (b, t, k * R + r)) if beside(H) else per_query
 
-    operands = (q_QTH, k_KSH, v_KSH, grad_QTH, log_z_QT, shift_QT)
+    operands = (q_BQTH, k_BKSH, v_BKSH, out, grad, log_z_BQT)
     # Blocks on the diagonal are computed whole; the longer side of a block sets how many there are.
     share = (1 + max(queries, keys) / S) / 2 if causal else 1.0
-    scores = int(Q * T * S * share)
+    scores = int(B * Q * T * S * share)
     return pl.pallas_call(
         functools.partial(_kernel, causal=causal, keys=keys),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
-            grid=(K, R, blocks),
+            grid=(B, K, R, blocks),
             in_specs=[
-                per_query, per_key, per_key, per_query, number, number,
+                per_query, per_key, per_key, result, result, number,
                 place_of_query, segments, place_of_query,
             ],
             out_specs=(per_query, per_key, per_key),
-            scratch_shapes=[pltpu.VMEM((H, queries), jnp.float32), pltpu.VMEM((S, H), jnp.float32), pltpu.VMEM((S, H), jnp.float32)],
+            scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in ((1, queries), (H, queries), (S, H), (S, H))],
         ),
-        out_shape=tuple(varying_like(x.shape, x.dtype, *operands) for x in (q_QTH, k_KSH, v_KSH)),
+        out_shape=tuple(varying_like(x.shape, x.dtype, *operands) for x in (q_BQTH, k_BKSH, v_BKSH)),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=vmem_bytes(S, H, k_KSH.dtype.itemsize, queries, keys),
+            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
+            vmem_limit_bytes=vmem_bytes(S, H, k_BKSH.dtype.itemsize, queries, keys),
         ),
         cost_estimate=pl.CostEstimate(
             flops=5 * 2 * scores * H,
             transcendentals=scores,
-            bytes_accessed=3 * q_QTH.nbytes + 4 * k_KSH.nbytes + 2 * log_z_QT.nbytes,
+            bytes_accessed=4 * q_BQTH.nbytes + 4 * k_BKSH.nbytes + log_z_BQT.nbytes,
         ),
         interpret=interpret,
         name="attention_gradient",
     )(
-        first, end, sight, q_QTH, k_KSH, v_KSH, grad_QTH, log_z_QT[:, None], shift_QT[:, None],
-        q_segment_T[None], jnp.broadcast_to(kv_segment_S[:, None], (S, LANES)), q_index_T[None],
+        *(table.reshape(-1) for table in (first, end, sight)), q_BQTH, k_BKSH, v_BKSH, out, grad, log_z_BQT[:, :, None],
+        q_segment_BT[:, None], jnp.broadcast_to(kv_segment_BS[..., None], (B, S, LANES)), q_index_BT[:, None],
     )  # fmt: skip
 
 
 def _kernel(  # type: ignore[no-untyped-def]
-    first, end, sight, q, k, v, grad, log_z, shift, q_segment, kv_segment, q_index,
-    grad_q, grad_k, grad_v, sum_q, sum_k, sum_v, *, causal: bool, keys: int,
+    first, end, sight, q, k, v, out, grad, log_z, q_segment, kv_segment, q_index,
+    grad_q, grad_k, grad_v, shift, sum_q, sum_k, sum_v, *, causal: bool, keys: int,
 ) -> None:  # fmt: skip
-    head, block = pl.program_id(1), pl.program_id(2)
+    chunks, head, step_of_head = k.shape[0] // keys, pl.program_id(2), pl.program_id(3)
+    block = pl.program_id(0) * pl.num_programs(3) + step_of_head
     product = functools.partial(jax.lax.dot_general, precision=full_precision(q.dtype), preferred_element_type=jnp.float32)
 
-    @pl.when((head == 0) & (block == 0))
+    @pl.when((head == 0) & (step_of_head == 0))
     def _() -> None:
         sum_k[...] = jnp.zeros_like(sum_k)
         sum_v[...] = jnp.zeros_like(sum_v)
 
     sum_q[...] = jnp.zeros_like(sum_q)
+    # What a query's gradients of weights are above that of its softmax's denominator.
+    shift[...] = (grad[...].astype(jnp.float32) * out[...].astype(jnp.float32)).T.sum(0, keepdims=True)
 
     def add(chunk: jax.Array, masked: bool) -> None:
         start = pl.multiple_of(chunk * keys, keys)
@@ -139,14 +148,14 @@ def _kernel(  # type: ignore[no-untyped-def]
         sum_q[...] += product(k[own], grad_scores, (((0,), (0,)), ((), ())))
 
     def step(chunk: jax.Array, _: None) -> None:
-        state = sight[block, chunk]
+        state = sight[block * chunks + chunk]
         pl.when(state == WHOLLY)(lambda: add(chunk, masked=False))
         pl.when(state == PARTLY)(lambda: add(chunk, masked=True))
 
     jax.lax.fori_loop(first[block], end[block], step, None)
     grad_q[...] = sum_q[...].T.astype(grad_q.dtype)
 
-    @pl.when((head == pl.num_programs(1) - 1) & (block == pl.num_programs(2) - 1))
+    @pl.when((head == pl.num_programs(2) - 1) & (step_of_head == pl.num_programs(3) - 1))
     def _() -> None:
         grad_k[...] = sum_k[...].astype(grad_k.dtype)
         grad_v[...] = sum_v[...].astype(grad_v.dtype)

@@ -114,4 +114,6 @@ class Attention(nnx.Module):
                 causal=True,
             )
             out = sharding.constrain(out, "batch", "sequence", None, None)
-        return changed("o", projection.project("btqh,qhd->btd", out, weights["o"]), out, "o_bias_D"), cache
+        # One product over all heads: head by head it would fill half of a matrix unit that is deeper than a head.
+        flat, matrices = out.reshape(*out.shape[:2], -1), weights["o"].reshape(len(weights["o"]), -1, x_BTD.shape[-1])
+        return changed("o", projection.project("btf,fd->btd", flat, matrices), out, "o_bias_D"), cache

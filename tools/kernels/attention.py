@@ -64,9 +64,8 @@ def cases(chip: Chip) -> list[Case]:
     tiling = attention.tiling_of(chips.CHIPS[chip.name])
     splash = _Pass("attention by splash", 2, 1, (2, 2, 1), _launch_splash, splash_visits)
     forward = _Pass("attention", 2, 1, (2, 2, 1), _launch_forward, forward_visits)
-    gradient = _Pass("gradient of attention", 5, 2, (3, 4, 2), _launch_gradient, gradient_visits)
-    short = _case(forward, 4096, tiling.short) if tiling.short else _case(splash, 4096, tiling.forward)
-    return [short, _case(gradient, 4096, tiling.gradient), _case(splash, 32768, tiling.forward)]
+    gradient = _Pass("gradient of attention", 5, 2, (4, 4, 1), _launch_gradient, gradient_visits)
+    return [_case(forward, 4096, tiling.short), _case(gradient, 4096, tiling.gradient), _case(splash, 32768, tiling.forward)]
 
 
 def _case(of: _Pass, tokens: int, blocks: tuple[int, ...]) -> Case:
@@ -129,7 +128,7 @@ def gradient_visits(seen: np.ndarray, queries: int, keys: int, schedule: Schedul
             first, last = (of_head, row) == (0, 0), (of_head, row) == (_SHARE - 1, len(seen) - 1)
             cycles = always + begin * first + passes + end * last
             inputs: dict[str, Block] = {
-                "q": ((head, of_head, row), float(queries * 2 * (_BF16 * _H + _F32))),
+                "q": ((head, of_head, row), float(queries * (3 * _BF16 * _H + _F32))),
                 "k and v": (head, of_keys),
                 "places of q": (row, float(2 * _F32 * queries)),
                 "segments of k": (0, float(_F32 * LANES * keys * seen.shape[1])),
@@ -183,7 +182,7 @@ def _regions(schedule: Schedule, loops: int, ways: int, ends: int) -> tuple[list
 
 def _launch_splash(tokens: int, chip: Chip) -> Launch:
     """By way of its derivative, so that what the backward pass needs is kept."""
-    tiling = dataclasses.replace(attention.tiling_of(chips.CHIPS[chip.name]), short=None)
+    tiling = dataclasses.replace(attention.tiling_of(chips.CHIPS[chip.name]), vmem=0)
 
     def function(q, k, v, segment, index):  # type: ignore[no-untyped-def]
         def call(q, k, v):  # type: ignore[no-untyped-def]
@@ -196,18 +195,22 @@ def _launch_splash(tokens: int, chip: Chip) -> Launch:
 
 
 def _launch_forward(tokens: int, chip: Chip) -> Launch:
-    q, k = (jax.ShapeDtypeStruct((count, tokens, _H), jnp.bfloat16) for count in (_Q, _K))
-    place = jax.ShapeDtypeStruct((tokens,), jnp.int32)
-    short = attention.tiling_of(chips.CHIPS[chip.name]).short
-    assert short is not None
-    queries, keys = short
-    seen = jax.ShapeDtypeStruct((tokens // queries, tokens // keys), jnp.int32)
-    return Launch(functools.partial(attention_forward, causal=True), (q, k, k, place, place, place, seen))
+    q, k = (jax.ShapeDtypeStruct((1, count, tokens, _H), jnp.bfloat16) for count in (_Q, _K))
+    return Launch(functools.partial(attention_forward, causal=True), (q, k, k, *_places(tokens, _blocks(chip).short)))
 
 
 def _launch_gradient(tokens: int, chip: Chip) -> Launch:
-    q, k = (jax.ShapeDtypeStruct((count, tokens, _H), jnp.bfloat16) for count in (_Q, _K))
-    number, place = jax.ShapeDtypeStruct((_Q, tokens), jnp.float32), jax.ShapeDtypeStruct((tokens,), jnp.int32)
-    queries, keys = attention.tiling_of(chips.CHIPS[chip.name]).gradient
-    seen = jax.ShapeDtypeStruct((tokens // queries, tokens // keys), jnp.int32)
-    return Launch(functools.partial(attention_gradient, causal=True), (q, k, k, q, number, number, place, place, place, seen))
+    q, k = (jax.ShapeDtypeStruct((1, count, tokens, _H), jnp.bfloat16) for count in (_Q, _K))
+    out, number = jax.ShapeDtypeStruct((1, tokens, _Q * _H), jnp.bfloat16), jax.ShapeDtypeStruct((1, _Q, tokens), jnp.float32)
+    return Launch(functools.partial(attention_gradient, causal=True), (q, k, k, out, out, number, *_places(tokens, _blocks(chip).gradient)))
+
+
+def _blocks(chip: Chip) -> attention.Tiling:
+    return attention.tiling_of(chips.CHIPS[chip.name])
+
+
+def _places(tokens: int, blocks: tuple[int, int]) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Segments, indices and what is seen."""
+    queries, keys = blocks
+    shapes = *((1, tokens),) * 3, (1, tokens // queries, tokens // keys)
+    return tuple(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes)
