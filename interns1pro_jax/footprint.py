@@ -177,7 +177,8 @@ def kept_bytes(text: TextConfig, tokens: int, remat: str) -> int:
     results = 2 * queries + 4 * text.num_attention_heads  # and the logarithms of the softmax's sums
     more = {"attention": results, "attention_operands": results + 2 * (queries + 2 * keys)}.get(remat, 0)
     inputs = 0 if remat.startswith("offload") else 2 * text.hidden_size
-    return text.num_hidden_layers * tokens * (inputs + more)
+    plan = 12 * text.num_experts_per_tok  # `ops.permutation.PLAN`
+    return text.num_hidden_layers * tokens * (inputs + plan + more)
 
 
 def working_bytes(text: TextConfig, mesh: MeshConfig, tokens: int, moe_chunks: int = 1, copied: int = 0, streams: int = 1) -> int:

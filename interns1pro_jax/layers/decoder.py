@@ -22,6 +22,7 @@ from interns1pro_jax.layers.router import RouterStats, Routing
 from interns1pro_jax.ops.attention import OPERANDS, OUTPUT
 from interns1pro_jax.ops.context import reading_order
 from interns1pro_jax.ops.norm import rms_norm
+from interns1pro_jax.ops.permutation import PLAN
 from pallas_kernels.order import after
 
 Streams = tuple[Float[Array, "_ T D"], ...]
@@ -30,29 +31,25 @@ Streams = tuple[Float[Array, "_ T D"], ...]
 _INPUT = "block_input"
 
 
-def _full(body: Callable) -> Callable:
-    return jax.checkpoint(body, prevent_cse=False)  # the scan around it already prevents it
-
-
 def _keeping(*names: str, offloaded: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
-    """Recomputes all but the values of these names; those `offloaded` wait in the host's memory."""
+    """Recomputes all but the values of these names and the order of the experts' rows; those `offloaded` wait in the host's memory."""
     policies = jax.checkpoint_policies
     if offloaded:
         policy = policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=list(names),
+            names_which_can_be_saved=[PLAN, *names],
             names_which_can_be_offloaded=list(offloaded),
             offload_src="device",
             offload_dst="pinned_host",
         )
     else:
-        policy = policies.save_only_these_names(*names)
-    return lambda body: jax.checkpoint(body, policy=policy, prevent_cse=False)
+        policy = policies.save_only_these_names(PLAN, *names)
+    return lambda body: jax.checkpoint(body, policy=policy, prevent_cse=False)  # the scan around it already prevents it
 
 
 # What the backward pass keeps of a block, by name; docs/architecture.md has the table with what each costs.
 REMAT: dict[str, Callable[[Callable], Callable]] = {
     "none": lambda body: body,
-    "full": _full,  # keeps the block's input
+    "full": _keeping(),  # keeps the block's input
     "attention": _keeping(OUTPUT),
     "attention_operands": _keeping(OUTPUT, *OPERANDS),
     "dots": lambda body: jax.checkpoint(body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable, prevent_cse=False),

@@ -33,7 +33,7 @@ from interns1pro_jax.layers.lora import ExpertAdapters
 from interns1pro_jax.layers.parameter import normal, parameter
 from interns1pro_jax.layers.router import Router, Routing
 from interns1pro_jax.ops.expert_products import EXPERT_PRODUCTS, ExpertMlp, ExpertProducts, with_adapters
-from interns1pro_jax.ops.permutation import combine, destinations, dispatch, make_plan, permute_slots
+from interns1pro_jax.ops.permutation import PLAN, combine, destinations, dispatch, make_plan, permute_slots
 from interns1pro_jax.ops.varying import as_varying, varying_axes
 from pallas_kernels.order import all_after
 from pallas_kernels.routing_reference import CHUNK
@@ -196,7 +196,8 @@ def _local_mlp(
         tokens = [jax.tree.map(lambda x, i=i: jnp.split(x, together)[i], tokens[0]) for i in range(together)]
 
     def step(parts):
-        return [jax.checkpoint(mlp)(part, wi, wo) for part, wi, wo in zip(parts, wis, wos, strict=True)]
+        part_mlp = jax.checkpoint(mlp, policy=jax.checkpoint_policies.save_only_these_names(PLAN))
+        return [part_mlp(part, wi, wo) for part, wi, wo in zip(parts, wis, wos, strict=True)]
 
     outs = step(tokens) if steps == 1 else jax.lax.map(step, jax.tree.map(lambda x: x.reshape(steps, -1, *x.shape[1:]), tokens))
     if len(streams) < together:
@@ -245,13 +246,20 @@ def _chunk_mlp(tokens, wi, wo, *, transposed: bool, expert_mlp: ExpertMlp, ranks
     x_TD, ids_TGC, ranks_TGC, weights_TGC, counts_NE = tokens
     wi, wo = wi.reshape(-1, *wi.shape[2:]), wo.reshape(-1, *wo.shape[2:])
     own_slots = ids_TGC.shape[1] // ranks * ids_TGC.shape[2]
+
+    def exchange(x_TGC):
+        """From own tokens and all groups to all tokens and own groups, [N, S]. On the way tokens come last: a row of the few numbers of
+        a token takes a whole register in XLA's gradient of this."""
+        x_RM = jnp.moveaxis(x_TGC.reshape(-1, ranks * own_slots), 0, 1).reshape(ranks, -1)
+        x_RM = jax.lax.all_to_all(x_RM, "expert", split_axis=0, concat_axis=0, tiled=True)
+        return jnp.moveaxis(x_RM.reshape(ranks, own_slots, -1), 1, 2).reshape(-1, own_slots)
+
     with jax.named_scope("routing_all_gather"):
         sizes_RE = jax.lax.all_gather(counts_NE.sum(0), "expert")
     rank = jax.lax.axis_index("expert")
     dest_TGC = destinations(ids_TGC, ranks_TGC, counts_NE, sizes_RE, rank)
     with jax.named_scope("routing_all_to_all"):
-        exchange = partial(jax.lax.all_to_all, axis_name="expert", split_axis=1, concat_axis=0, tiled=True)
-        dest_NS, weights_NS = (exchange(x).reshape(-1, own_slots) for x in (dest_TGC, weights_TGC))
+        dest_NS, weights_NS = exchange(dest_TGC), exchange(weights_TGC)
     x_TD, wi, wo = _tokens_first(x_TD, wi, wo)
     with jax.named_scope("token_all_gather"):
         x_ND = jax.lax.all_gather(x_TD, "expert", tiled=True)

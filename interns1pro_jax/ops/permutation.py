@@ -10,12 +10,16 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from interns1pro_jax.ops.varying import match_varying
 from pallas_kernels.chips import current_chip
 from pallas_kernels.permutation import invert, permute, permute_reference
 from pallas_kernels.routing_reference import CHUNK
+
+# Name for rematerialisation policies: where rows lie, 12 bytes of each. To make it again takes as long as to move the rows themselves.
+PLAN = "plan"
 
 
 @jax.tree_util.register_dataclass
@@ -35,10 +39,10 @@ class Plan:
 
 
 def make_plan(dest_NS: Int[Array, "N S"], group_sizes_G: Int[Array, " G"]) -> Plan:
-    """The plan of known destinations, which must be a permutation of the rows."""
+    """The plan of known destinations, which must be a permutation of the rows. Its arrays have the name `PLAN`."""
     dest_M = dest_NS.reshape(-1)
     order_M = invert(dest_M) if current_chip() else permute_reference(jnp.arange(dest_M.size, dtype=jnp.int32), dest_M)
-    return Plan(dest_NS, order_M, group_sizes_G)
+    return Plan(*(checkpoint_name(x, PLAN) for x in (dest_NS, order_M, group_sizes_G)))
 
 
 def destinations(
@@ -85,9 +89,9 @@ def combine(rows_MD: Float[Array, "M D"], plan: Plan) -> Float[Array, "N D"]:
 
 
 def permute_slots(x_NS: Array, plan: Plan) -> Array:
-    """Values (of 32 bits) of slots in the order of rows, [N, S] -> [M]."""
+    """Values (of 32 bits) of slots in the order of rows, [N, S] -> [M], with the name `PLAN`."""
     x_M, dest_M, order_M = match_varying(x_NS.reshape(-1), plan.dest_NS.reshape(-1), plan.order_M)
-    return _permute(x_M, order_M, dest_M)
+    return checkpoint_name(_permute(x_M, order_M, dest_M), PLAN)
 
 
 def unpermute_slots(x_M: Array, plan: Plan) -> Array:

@@ -100,6 +100,13 @@ def test_slots_are_neither_scattered_nor_sorted(compiled):
     assert gathers
 
 
+def test_where_rows_lie_is_found_once(compiled):
+    """The backward keeps it: what is permuted there are the gradients of the weights."""
+    _, program = compiled
+    kernels = re.findall(r"%(invert|permute)[.\d]* = .*/(rematted_computation/)?(?:invert|permute)/pallas_call", program.text)
+    assert sorted(kernels) == [("invert", ""), ("permute", ""), ("permute", "")]
+
+
 def test_memory_and_warnings(compiled):
     chip, program = compiled
     assert program.hbm < HARDWARE[chip].hbm
