@@ -23,7 +23,7 @@ from interns1pro_jax.ops.projection import gathered, project
 from interns1pro_jax.ops.varying import as_varying, varying_axes
 from pallas_kernels.chips import current_chip
 from pallas_kernels.routing import route, takes
-from pallas_kernels.routing_reference import route_reference, straight_through
+from pallas_kernels.routing_reference import CHUNK, route_reference, straight_through
 
 NOT_RECORDED = 255  # in recorded routing: this token's experts are not known; groups of more experts record in uint16
 
@@ -173,12 +173,16 @@ def route_tokens(
 def _local_route(logits_BTE, replay_BTGC, probe_R, **options):
     batch = logits_BTE.shape[:2]
     axes = varying_axes(logits_BTE)
-    logits_TE, replay_TGC = jax.tree.map(lambda x: as_varying(x.reshape(-1, *x.shape[2:]), axes), (logits_BTE, replay_BTGC))
+    # Rows of whole chunks are routed each by itself: the router's product makes them with tokens last, row by row, and to join them there
+    # XLA would lay them out anew twice.
+    rows = batch[0] if batch[1] % CHUNK == 0 else 1
+    logits, replay = jax.tree.map(lambda x: as_varying(x.reshape(rows, -1, *x.shape[2:]), axes), (logits_BTE, replay_BTGC))
     probe = None if probe_R is None else probe_R.reshape(())
-    by_kernel = current_chip() and takes(logits_TE.shape[-1], options["groups"])
-    routes = (route if by_kernel else route_reference)(logits_TE, replay_TGC, probe, **options)
-    ids, probs, ranks = (x.reshape(*batch, *x.shape[1:]) for x in (routes.ids_TGC, routes.probs_TGC, routes.ranks_TGC))
-    return Routing(ids, probs, ranks, routes.counts_NE)
+    by_kernel = current_chip() and takes(logits.shape[-1], options["groups"])
+    function = route if by_kernel else route_reference
+    routes = jax.vmap(lambda logits_TE, replay_TGC: function(logits_TE, replay_TGC, probe, **options))(logits, replay)
+    ids, probs, ranks = (x.reshape(*batch, *x.shape[2:]) for x in (routes.ids_TGC, routes.probs_TGC, routes.ranks_TGC))
+    return Routing(ids, probs, ranks, routes.counts_NE.reshape(-1, logits.shape[-1]))
 
 
 def _stats(logits: jax.Array, ids: jax.Array, valid: jax.Array) -> RouterStats:

@@ -50,9 +50,16 @@ def value_and_gradients(function, z, replay, upstream, temperature=1.0, options=
     return routes, pullback(upstream)
 
 
-def check(z, chosen, replay=None, temperature=1.0, groups=GROUPS):
+def route_halves(z, replay, probe, **options):
+    """Both halves of the tokens, each by itself."""
+    halves = [None if x is None else x.reshape(2, -1, *x.shape[1:]) for x in (z, replay)]
+    routes = jax.vmap(functools.partial(route, **options), in_axes=(0, 0, None))(*halves, probe)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), routes)
+
+
+def check(z, chosen, replay=None, temperature=1.0, groups=GROUPS, function=route, options=EMULATED):
     upstream = jnp.asarray(rng.normal(size=(z.shape[0], groups, chosen)), jnp.float32)
-    got, (got_grad, got_probe) = value_and_gradients(route, z, replay, upstream, temperature, EMULATED)
+    got, (got_grad, got_probe) = value_and_gradients(function, z, replay, upstream, temperature, options)
     wanted, (grad, probe) = value_and_gradients(route_reference, z, replay, upstream, temperature)
     for name in ("ids_TGC", "ranks_TGC", "counts_NE"):
         np.testing.assert_array_equal(getattr(got, name), getattr(wanted, name), err_msg=name)
@@ -69,6 +76,10 @@ def check(z, chosen, replay=None, temperature=1.0, groups=GROUPS):
 @pytest.mark.parametrize("kind", ["random", "tied", "one expert", "equal", "large"])
 def test_equals_the_definition(kind, chosen):
     check(logits(2 * CHUNK, kind), chosen)
+
+
+def test_rows_of_whole_chunks_are_routed_apart_as_they_are_together():
+    check(logits(4 * CHUNK, "random"), 1, function=route_halves, options=(("interpret", True),))  # the emulator knows no vmap
 
 
 @pytest.mark.parametrize("tokens", [1, CHUNK + 1, BLOCK + 1])

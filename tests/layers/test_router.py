@@ -13,7 +13,7 @@ from interns1pro_jax.layers import router
 from interns1pro_jax.layers.router import Router
 from interns1pro_jax.ops.router_losses import balance_loss, global_topk_balance_loss, z_loss
 from pallas_kernels.chips import CHIPS
-from pallas_kernels.routing_reference import observe_unselected
+from pallas_kernels.routing_reference import CHUNK, observe_unselected, route_reference
 from tests.tiny import text_config
 
 PLAIN = RouterConfig(straight_through=False)
@@ -90,6 +90,39 @@ def test_plain_gradient_misses_unselected_experts(x):
     gradient = np.asarray(jax.jit(jax.grad(weights))(logits))
     np.testing.assert_allclose(gradient[~hot], 0, atol=1e-8)
     assert np.abs(gradient[hot]).max() > 1e-3
+
+
+@pytest.mark.parametrize("tokens", [2 * CHUNK, CHUNK + 1])
+def test_rows_are_routed_as_all_tokens_one_after_the_other(mesh, tokens):
+    """Whether or not they are whole chunks, of which the counts are."""
+    logits, upstream = (jax.random.normal(jax.random.key(i), (2, tokens, 16)) for i in range(2))
+    options = dict(groups=8, chosen=1)
+    upstream = upstream.reshape(2, tokens, 8, 2)[..., :1]
+
+    def weights(logits, probe):
+        routing = router.route_tokens(logits, None, probe, **options)
+        return routing.weights_BTGC, routing
+
+    def weights_by_definition(logits, probe):
+        routes = route_reference(logits.reshape(-1, 16), None, probe, **options)
+        return routes.probs_TGC.reshape(upstream.shape), routes
+
+    def gradients(function, probe):
+        def loss(logits, probe):
+            weights, routes = function(logits, probe)
+            return (weights * upstream).sum(), routes
+
+        return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(logits, probe)
+
+    (found_gradients, found), (gradients_by_definition, wanted) = (
+        gradients(weights, router.probes(1)[0]),
+        gradients(weights_by_definition, jnp.float32(0)),
+    )
+    np.testing.assert_array_equal(found.ids_BTGC.reshape(-1, 8, 1), wanted.ids_TGC)
+    np.testing.assert_array_equal(found.ranks_BTGC.reshape(-1, 8, 1), wanted.ranks_TGC)
+    np.testing.assert_array_equal(found.counts_NE, wanted.counts_NE)
+    for got, gradient in zip(found_gradients, gradients_by_definition, strict=True):
+        np.testing.assert_allclose(got.squeeze(), gradient.squeeze(), rtol=1e-5, atol=1e-7)
 
 
 def test_probe_reports_the_squared_gradient_outside_the_selection(mesh):
