@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +27,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel im
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
 from pallas_kernels import attention_forward, attention_gradient
-from pallas_kernels.attention_gradient import HIDDEN, PARTLY, WHOLLY
+from pallas_kernels.attention_forward import STAIRS, STAIRS_PARTLY
+from pallas_kernels.attention_gradient import HIDDEN, LATER, PARTLY, WHOLLY
 from pallas_kernels.chips import CHIPS, MIB, Chip
 
 LANES = 128
@@ -41,25 +44,25 @@ class Tiling:
 
     Attributes:
       forward, backward: of splash: queries, keys that are loaded together, and keys of one product.
+      vmem: bytes of vector memory that our kernels may take; rows for which they would take more have splash's.
       short: of `attention_forward`: queries, and keys of a chunk.
-      gradient: of `attention_gradient`: queries, and keys of one product.
-      vmem: bytes of vector memory that these may take; rows for which they would take more have splash's.
+      gradient: of `attention_gradient`: queries, and keys of a chunk.
     """
 
     forward: tuple[int, int, int]
     backward: tuple[int, int, int]
-    short: tuple[int, int]
-    gradient: tuple[int, int]
     vmem: int
+    short: tuple[int, int] = (1024, 1024)
+    gradient: tuple[int, int] = (1024, 512)
 
 
 # Splash's compile within the vector memory that XLA gives a kernel by default (v5e, for which only short rows were compiled, as v5p). The
 # blocks of our kernels were chosen by hand from a few compiled schedules of rows of 4,096, and nothing was tuned on a chip.
 _TILINGS = {
-    "v5e": Tiling((1024, 1024, 512), (512, 1024, 512), (512, 1024), (512, 512), CHIPS["v5e"].vmem - MIB),
-    "v5p": Tiling((1024, 1024, 512), (512, 1024, 512), (512, 1024), (512, 512), CHIPS["v5p"].vmem - MIB),
-    "v6e": Tiling((1024, 2048, 512), (1024, 1024, 512), (1024, 1024), (1024, 512), CHIPS["v6e"].vmem - MIB),
-    "tpu7x": Tiling((1024, 2048, 512), (1024, 1024, 512), (1024, 1024), (1024, 512), CHIPS["tpu7x"].vmem - MIB),
+    "v5e": Tiling((1024, 1024, 512), (512, 1024, 512), CHIPS["v5e"].vmem - MIB),
+    "v5p": Tiling((1024, 1024, 512), (512, 1024, 512), CHIPS["v5p"].vmem - MIB),
+    "v6e": Tiling((1024, 2048, 512), (1024, 1024, 512), CHIPS["v6e"].vmem - MIB),
+    "tpu7x": Tiling((1024, 2048, 512), (1024, 1024, 512), CHIPS["tpu7x"].vmem - MIB),
 }
 
 
@@ -95,9 +98,9 @@ def attention(
     T / runs and S must be multiples of 128. Inside `jax.shard_map` it needs `check_vma=False`: splash does not type its results.
     """
     B, T, Q, H = q_BTQH.shape
-    plan = _plan(T // runs, k_BSKH, tiling, causal, name, interpret)
-    # Scores are scaled by way of the keys, which are fewer than the queries where heads are grouped.
-    scaled = (k_BSKH.astype(jnp.float32) * scale).astype(k_BSKH.dtype)
+    plan = _plan(T, runs, k_BSKH, tiling, causal, name, interpret)
+    # Scores are scaled by way of the keys, which are fewer than the queries where heads are grouped; our kernels' are exponents of 2.
+    scaled = (k_BSKH.astype(jnp.float32) * (scale if plan.short is None else scale * math.log2(math.e))).astype(k_BSKH.dtype)
     heads_first = (jnp.swapaxes(x, 1, 2) for x in (q_BTQH, scaled, v_BSKH))
     arrays = (*heads_first, q_segment_BT, kv_segment_BS, q_index_BT)
     if plan.short is None:
@@ -128,7 +131,7 @@ class _Plan:
     interpret: Interpret
 
 
-def _plan(queries: int, k_BSKH: jax.Array, tiling: Tiling, causal: bool, name: str | None, interpret: Interpret) -> _Plan:
+def _plan(length: int, runs: int, k_BSKH: jax.Array, tiling: Tiling, causal: bool, name: str | None, interpret: Interpret) -> _Plan:
     """The tiling, with blocks no larger than the tiling's that divide the lengths."""
 
     def fit(length: int, most: int) -> int:
@@ -144,8 +147,8 @@ def _plan(queries: int, k_BSKH: jax.Array, tiling: Tiling, causal: bool, name: s
             return blocks
         return in_vmem(bytes_of, (most[0] // 2, most[1])) if most[0] > LANES else None
 
-    _, keys, _, width = k_BSKH.shape
-    forward = in_vmem(attention_forward.vmem_bytes, tiling.short)
+    queries, (_, keys, _, width) = length // runs, k_BSKH.shape
+    forward = in_vmem(functools.partial(attention_forward.vmem_bytes, row=length), tiling.short)
     gradient = in_vmem(attention_gradient.vmem_bytes, tiling.gradient)
     short = _Blocks(forward, gradient) if forward and gradient else None
     (q, kv), (q_back, kv_back) = fit_both(tiling.forward[:2]), fit_both(tiling.backward[:2])
@@ -174,10 +177,14 @@ def _backward(plan: _Plan, saved: tuple[jax.Array, ...], grad: jax.Array) -> tup
     # Padding sees nothing here, as by its definition: its weights could be of keys that the forward has not visited.
     q_segment_BT = jnp.where(q_segment_BT > 0, q_segment_BT, -1)
     places = (q_segment_BT, kv_segment_BS, q_index_BT)
+    queries, keys = plan.short.gradient
+    sight = _of_rows(_sight, places, queries, keys, plan.causal)
+    if attention_gradient.has_later_half(queries):
+        halves = _of_rows(_sight, places, queries // 2, keys, plan.causal)
+        sight = jnp.where((sight == PARTLY) & (halves[:, ::2] == HIDDEN), LATER, sight)
     gradients = attention_gradient.attention_gradient(
-        q_BQTH, k_BKSH, v_BKSH, out, grad, log_z_BQT, *places, _of_rows(_sight, places, plan.short.gradient, plan.causal),
-        causal=plan.causal, interpret=plan.interpret,
-    )  # fmt: skip
+        q_BQTH, k_BKSH, v_BKSH, out, grad, log_z_BQT, *places, sight, causal=plan.causal, interpret=plan.interpret
+    )
     return *gradients, None, None, None
 
 
@@ -191,17 +198,19 @@ def _whole_rows(
     """The result and the logarithm of the softmax's denominator, by our kernel."""
     assert plan.short is not None
     blocks, causal = plan.short.forward, plan.causal
+    places = (q_segment_BT, kv_segment_BS, q_index_BT)
     # Padding needs no more than a block with its own key, as by splash.
-    needed = _of_rows(_sight, (jnp.where(q_segment_BT > 0, q_segment_BT, -1), kv_segment_BS, q_index_BT), blocks, causal)
-    seen = _of_rows(_seen, (q_segment_BT, kv_segment_BS, q_index_BT), blocks, causal)
-    return attention_forward.attention_forward(
-        q_BQTH, k_BKSH, v_BKSH, q_segment_BT, kv_segment_BS, q_index_BT, jnp.where(seen, jnp.maximum(needed, PARTLY), needed),
-        causal=causal, interpret=plan.interpret,
-    )  # fmt: skip
+    needed = (jnp.where(q_segment_BT > 0, q_segment_BT, -1), kv_segment_BS, q_index_BT)
+    sight = _of_rows(_sight, needed, *blocks, causal)
+    sight = jnp.where(_of_rows(_seen, places, *blocks, causal), jnp.maximum(sight, PARTLY), sight)
+    if causal and blocks[0] == blocks[1]:
+        stairs = _of_rows(_stairs, needed, blocks[0], attention_forward.columns_of(blocks[0]))
+        sight = jnp.where(sight == PARTLY, jnp.maximum(sight, stairs), sight)
+    return attention_forward.attention_forward(q_BQTH, k_BKSH, v_BKSH, *places, sight, causal=causal, interpret=plan.interpret)
 
 
-def _of_rows(table: Callable[..., jax.Array], places: tuple[jax.Array, ...], blocks: tuple[int, int], causal: bool) -> jax.Array:
-    return jax.vmap(lambda *row: table(*row, *blocks, causal))(*places)
+def _of_rows(table: Callable[..., jax.Array], places: tuple[jax.Array, ...], *options: Any) -> jax.Array:
+    return jax.vmap(lambda *row: table(*row, *options))(*places)
 
 
 def _splash(plan: _Plan, arrays: tuple[jax.Array, ...]) -> jax.Array:
@@ -270,6 +279,18 @@ def _sight(q_segment_T: jax.Array, kv_segment_S: jax.Array, q_index_T: jax.Array
         wholly &= jnp.arange(keys - 1, len(kv_segment_S), keys) <= q_index_T.reshape(-1, queries).min(1)[:, None]
     partly = _related(q_segment_T, kv_segment_S, q_index_T, queries, keys, causal)
     return jnp.where(wholly, WHOLLY, jnp.where(partly, PARTLY, HIDDEN))
+
+
+def _stairs(q_segment_T: jax.Array, kv_segment_S: jax.Array, q_index_T: jax.Array, size: int, cell: int) -> jax.Array:
+    """Which blocks of `size` x `size` scores `attention_forward` may compute as stairs of `cell`: `STAIRS`, `STAIRS_PARTLY` or 0."""
+    step = jnp.arange(size // cell)
+    last = q_index_T.reshape(-1, 1, len(step), cell).max(-1)  # [blocks, 1, cells]
+    start = jnp.arange(0, len(kv_segment_S), size)[:, None]
+    partly = (last < start + (step + 1) * cell).all(-1)
+    cells = _sight(q_segment_T, kv_segment_S, q_index_T, cell, cell, True).reshape(len(last), len(step), len(start), len(step))
+    before = step[:, None] > step
+    wholly = ((cells == WHOLLY) | ~before[:, None]).all((1, 3))
+    return jnp.where(partly, jnp.where(wholly, STAIRS, STAIRS_PARTLY), 0)
 
 
 def _following(seen: jax.Array, axis: int) -> jax.Array:

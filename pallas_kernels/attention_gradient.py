@@ -10,6 +10,7 @@ Letters: T queries, S keys, Q query heads, K key/value heads, H head width; scor
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +21,10 @@ from pallas_kernels.shapes import full_precision, varying_like
 
 LANES = 128
 HIDDEN, PARTLY, WHOLLY = 0, 1, 2  # what queries of a block see of a chunk of keys
+LATER = 5  # only the later half of the queries sees some of it
 _MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 _BY_QUERIES = (((1,), (1,)), ((), ()))  # both sides by rows: x @ y.T
+_LN2 = math.log(2)  # of the derivative of an exponential to the base of 2
 
 
 def vmem_bytes(keys: int, width: int, itemsize: int, queries: int, chunk: int) -> int:
@@ -37,6 +40,11 @@ def beside(width: int) -> bool:
     """Whether a token's heads of this width lie beside each other, [T, Q * H], in the result of attention and its gradient: else a head
     is no whole number of registers there, and heads come before tokens."""
     return width % LANES == 0
+
+
+def has_later_half(queries: int) -> bool:
+    """Whether `LATER` is known of blocks of so many queries: halves are whole registers."""
+    return queries % (2 * LANES) == 0
 
 
 def attention_gradient(
@@ -57,13 +65,13 @@ def attention_gradient(
     """Gradients with respect to queries, keys and values, of their dtypes; products in the operands' dtype, the rest in float32.
 
     Args:
-      k_BKSH: scaled; query head i reads key/value head i // (Q/K).
+      k_BKSH: scaled as for `attention_forward`, so that scores are exponents of 2; query head i reads key/value head i // (Q/K).
       out, grad: the result and its gradient, [B, T, Q * H], or where heads do not lie `beside` each other [B, Q, T, H].
-      log_z_BQT: logarithm of the softmax's denominator, float32.
+      log_z_BQT: logarithm to the base of 2 of the softmax's denominator, float32.
       q_segment_BT, kv_segment_BS: a query sees keys of its own segment.
       q_index_BT: if `causal`, a query sees keys up to this one only.
-      sight: what the queries of each block see of each chunk of keys, int32 [B, blocks, chunks] of `HIDDEN`, `PARTLY` and `WHOLLY`;
-        blocks and chunks are equal parts of T and S, multiples of 128.
+      sight: what the queries of each block see of each chunk of keys, int32 [B, blocks, chunks] of `HIDDEN`, `PARTLY`, `WHOLLY` and,
+        if the block `has_later_half`, `LATER`; blocks and chunks are equal parts of T and S, multiples of 128.
     """
     (B, Q, T, H), (_, K, S, _), (_, blocks, chunks) = q_BQTH.shape, k_BKSH.shape, sight.shape
     R, queries, keys = Q // K, T // blocks, S // chunks
@@ -80,8 +88,9 @@ def attention_gradient(
     result = pl.BlockSpec((None, queries, H), lambda b, k, r, t, *_: (b, t, k * R + r)) if beside(H) else per_query
 
     operands = (q_BQTH, k_BKSH, v_BKSH, out, grad, log_z_BQT)
-    # Blocks on the diagonal are computed whole; the longer side of a block sets how many there are.
-    share = (1 + max(queries, keys) / S) / 2 if causal else 1.0
+    # Of a row that is one document: what lies on the diagonal is computed whole, or of the later half of the queries.
+    diagonal = queries // 2 if has_later_half(queries) and queries >= 2 * keys else max(queries, keys)
+    share = (1 + diagonal / S) / 2 if causal else 1.0
     scores = int(B * Q * T * S * share)
     return pl.pallas_call(
         functools.partial(_kernel, causal=causal, keys=keys),
@@ -117,7 +126,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     first, end, sight, q, k, v, out, grad, log_z, q_segment, kv_segment, q_index,
     grad_q, grad_k, grad_v, shift, sum_q, sum_k, sum_v, *, causal: bool, keys: int,
 ) -> None:  # fmt: skip
-    chunks, head, step_of_head = k.shape[0] // keys, pl.program_id(2), pl.program_id(3)
+    queries, chunks, head, step_of_head = q.shape[0], k.shape[0] // keys, pl.program_id(2), pl.program_id(3)
     block = pl.program_id(0) * pl.num_programs(3) + step_of_head
     product = functools.partial(jax.lax.dot_general, precision=full_precision(q.dtype), preferred_element_type=jnp.float32)
 
@@ -130,32 +139,35 @@ def _kernel(  # type: ignore[no-untyped-def]
     # What a query's gradients of weights are above that of its softmax's denominator.
     shift[...] = (grad[...].astype(jnp.float32) * out[...].astype(jnp.float32)).T.sum(0, keepdims=True)
 
-    def add(chunk: jax.Array, masked: bool) -> None:
+    def add(chunk: jax.Array, masked: bool, first: int = 0) -> None:
+        """Of queries from `first` on."""
         start = pl.multiple_of(chunk * keys, keys)
         own = pl.ds(start, keys)
-        scores = product(k[own], q[...], _BY_QUERIES)
+        scores = product(k[own], q[first:], _BY_QUERIES)
         if masked:
-            visible = jnp.tile(kv_segment[own], (1, scores.shape[1] // LANES)) == q_segment[...]
+            visible = jnp.tile(kv_segment[own], (1, scores.shape[1] // LANES)) == q_segment[:, first:]
             if causal:
-                visible &= jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0) <= q_index[...] - start
+                visible &= jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0) <= q_index[:, first:] - start
             scores = jnp.where(visible, scores, _MASKED)
-        weights = jnp.exp(scores - log_z[...])
-        sum_v[own] += product(weights.astype(grad.dtype), grad[...], (((1,), (0,)), ((), ())))
-        grad_weights = product(v[own], grad[...], _BY_QUERIES)
-        grad_scores = (weights * (grad_weights - shift[...])).astype(q.dtype)
-        sum_k[own] += product(grad_scores, q[...], (((1,), (0,)), ((), ())))
+        weights = jnp.exp2(scores - log_z[:, first:])
+        sum_v[own] += product(weights.astype(grad.dtype), grad[first:], (((1,), (0,)), ((), ())))
+        grad_weights = product(v[own], grad[first:], _BY_QUERIES)
+        grad_scores = (weights * (grad_weights - shift[:, first:])).astype(q.dtype)
+        sum_k[own] += product(grad_scores, q[first:], (((1,), (0,)), ((), ())))
         # Transposed: that of the chunk's keys costs less than that of the scores.
-        sum_q[...] += product(k[own], grad_scores, (((0,), (0,)), ((), ())))
+        sum_q[:, first:] += product(k[own], grad_scores, (((0,), (0,)), ((), ())))
 
     def step(chunk: jax.Array, _: None) -> None:
         state = sight[block * chunks + chunk]
         pl.when(state == WHOLLY)(lambda: add(chunk, masked=False))
         pl.when(state == PARTLY)(lambda: add(chunk, masked=True))
+        if has_later_half(queries):
+            pl.when(state == LATER)(lambda: add(chunk, masked=True, first=queries // 2))
 
     jax.lax.fori_loop(first[block], end[block], step, None)
-    grad_q[...] = sum_q[...].T.astype(grad_q.dtype)
+    grad_q[...] = (_LN2 * sum_q[...]).T.astype(grad_q.dtype)
 
     @pl.when((head == pl.num_programs(2) - 1) & (step_of_head == pl.num_programs(3) - 1))
     def _() -> None:
-        grad_k[...] = sum_k[...].astype(grad_k.dtype)
+        grad_k[...] = (_LN2 * sum_k[...]).astype(grad_k.dtype)
         grad_v[...] = sum_v[...].astype(grad_v.dtype)

@@ -23,8 +23,8 @@ import numpy as np
 
 from interns1pro_jax.config import ModelConfig
 from pallas_kernels import attention, chips
-from pallas_kernels.attention_forward import attention_forward
-from pallas_kernels.attention_gradient import HIDDEN, LANES, PARTLY, WHOLLY, attention_gradient
+from pallas_kernels.attention_forward import STAIRS, STAIRS_PARTLY, attention_forward, columns_of
+from pallas_kernels.attention_gradient import HIDDEN, LANES, LATER, PARTLY, WHOLLY, attention_gradient, has_later_half
 from tools.kernels.cases import Case, Work
 from tools.kernels.chips import Chip
 from tools.kernels.compile import Compilation, Launch
@@ -46,6 +46,7 @@ class _Pass:
       products: of a block; `over_width` of them contract over the width of a head, which matrix units do in whole tiles. In the others the
         width may be that of the rows that are streamed.
       arrays: that are moved once: of the queries' shape, of the keys', and of a number per query.
+      sight: what is seen of the blocks, from tokens, queries and keys.
       launch: for so many tokens.
       visits: of the heads that share keys, from what is seen of the blocks, their queries and keys, the schedule, operations of a cycle,
         and the key head.
@@ -55,25 +56,28 @@ class _Pass:
     products: int
     over_width: int
     arrays: tuple[int, int, int]
+    sight: Callable[[int, int, int], np.ndarray]
     launch: Callable[[int, Chip], Launch]
     visits: Callable[[np.ndarray, int, int, Schedule, float, int], Iterator[Visit]]
 
 
 def cases(chip: Chip) -> list[Case]:
     """Rows of 4,096 tokens, and forward of 32,768, whose gradients do not fit the vector memory of v5p."""
-    tiling = attention.tiling_of(chips.CHIPS[chip.name])
-    splash = _Pass("attention by splash", 2, 1, (2, 2, 1), _launch_splash, splash_visits)
-    forward = _Pass("attention", 2, 1, (2, 2, 1), _launch_forward, forward_visits)
-    gradient = _Pass("gradient of attention", 5, 2, (4, 4, 1), _launch_gradient, gradient_visits)
+    tiling = _blocks(chip)
+    splash = _Pass("attention by splash", 2, 1, (2, 2, 1), sight, _launch_splash, splash_visits)
+    forward = _Pass("attention", 2, 1, (2, 2, 1), forward_sight, _launch_forward, forward_visits)
+    gradient = _Pass("gradient of attention", 5, 2, (4, 4, 1), gradient_sight, _launch_gradient, gradient_visits)
     return [_case(forward, 4096, tiling.short), _case(gradient, 4096, tiling.gradient), _case(splash, 32768, tiling.forward)]
 
 
 def _case(of: _Pass, tokens: int, blocks: tuple[int, ...]) -> Case:
     queries, keys = blocks[:2]
-    seen = sight(tokens, queries, keys)
+    seen = of.sight(tokens, queries, keys)
+    share = {HIDDEN: 0.0, LATER: 0.5, STAIRS: (1 + columns_of(queries) / queries) / 2}
+    scores = queries * keys * sum(share.get(int(state), 1.0) for state in seen.ravel())
     like_queries, like_keys, numbers = of.arrays
     moved = tokens * (_BF16 * _H * (like_queries * _Q + like_keys * _K) + _F32 * _Q * numbers)
-    work = Work(2.0 * of.products * _Q * _H * queries * keys * int(np.sum(seen > HIDDEN)), float(moved))
+    work = Work(2.0 * of.products * _Q * _H * scores, float(moved))
 
     def program(chip: Chip, compilation: Compilation, _sizes: np.ndarray) -> Program:
         of_cycle = chip.flops[work.dtype] / chip.cores / chip.clock
@@ -94,6 +98,20 @@ def sight(tokens: int, queries: int, keys: int) -> np.ndarray:
     """What the queries of each block see of each block of keys in a row that is one document, int [blocks, blocks of keys]."""
     first, start = np.arange(0, tokens, queries)[:, None], np.arange(0, tokens, keys)
     return np.where(start + keys <= first + 1, WHOLLY, np.where(start < first + queries, PARTLY, HIDDEN))
+
+
+def forward_sight(tokens: int, queries: int, keys: int) -> np.ndarray:
+    """The same as `attention_forward` is told it: blocks on the diagonal are stairs."""
+    seen = sight(tokens, queries, keys)
+    return np.where(seen == PARTLY, STAIRS, seen) if queries == keys else seen
+
+
+def gradient_sight(tokens: int, queries: int, keys: int) -> np.ndarray:
+    """The same as `attention_gradient` is told it: of some blocks on the diagonal only the later half of the queries see anything."""
+    seen = sight(tokens, queries, keys)
+    if not has_later_half(queries):
+        return seen
+    return np.where((seen == PARTLY) & (sight(tokens, queries // 2, keys)[::2] == HIDDEN), LATER, seen)
 
 
 def splash_visits(seen: np.ndarray, queries: int, keys: int, schedule: Schedule, of_cycle: float, head: int) -> Iterator[Visit]:
@@ -119,12 +137,14 @@ def splash_visits(seen: np.ndarray, queries: int, keys: int, schedule: Schedule,
 
 def gradient_visits(seen: np.ndarray, queries: int, keys: int, schedule: Schedule, of_cycle: float, head: int) -> Iterator[Visit]:
     """Of the query heads of a key head, behind the last of which the gradients of keys and values are written."""
-    (grid, inner), ways, (begin, end) = _regions(schedule, loops=2, ways=2, ends=2)
+    states = (WHOLLY, PARTLY, *((LATER,) if has_later_half(queries) else ()))
+    (grid, inner), ways, (begin, end) = _regions(schedule, loops=2, ways=len(states), ends=2)
+    of = dict(zip(states, ways, strict=True))
     always = grid.total.cycles - begin - inner.total.cycles - end
     of_keys = float(2 * _BF16 * _H * keys * seen.shape[1])
     for of_head in range(_SHARE):
-        for row, states in enumerate(seen):
-            passes, matrix = _passes(inner, ways, states)
+        for row, visited in enumerate(seen):
+            passes, matrix = _passes(inner, of, visited)
             first, last = (of_head, row) == (0, 0), (of_head, row) == (_SHARE - 1, len(seen) - 1)
             cycles = always + begin * first + passes + end * last
             inputs: dict[str, Block] = {
@@ -138,27 +158,27 @@ def gradient_visits(seen: np.ndarray, queries: int, keys: int, schedule: Schedul
 
 
 def forward_visits(seen: np.ndarray, queries: int, keys: int, schedule: Schedule, of_cycle: float, head: int) -> Iterator[Visit]:
-    """Of the query heads of a key head. Each step computes the scores of half a chunk before its loop, which the loop's last pass computes
-    once more in vain."""
-    (grid, inner), ways, _ = _regions(schedule, loops=2, ways=2, ends=0)
+    """Of the query heads of a key head, each a step of the grid. It computes the scores of half a chunk before its loop, which the loop's
+    last pass computes once more in vain; behind the last chunk of a block is what ends its sums."""
+    states = (WHOLLY, PARTLY, *((STAIRS, STAIRS_PARTLY) if queries == keys else ()))
+    (grid, inner), ways, (end,) = _regions(schedule, loops=2, ways=len(states), ends=1)
+    passes, matrix = _passes(inner, dict(zip(states, ways, strict=True)), seen.ravel(), end)
+    tokens = queries * len(seen)
     for of_head in range(_SHARE):
-        for row, states in enumerate(seen):
-            passes, matrix = _passes(inner, ways, states)
-            inputs: dict[str, Block] = {
-                "q": ((head, of_head, row), float(queries * _BF16 * _H)),
-                "k and v": (head, float(2 * _BF16 * _H * keys * seen.shape[1])),
-                "places of q": (row, float(2 * _F32 * queries)),
-                "segments of k": (0, float(_F32 * LANES * keys * seen.shape[1])),
-            }
-            written = float(queries * (_BF16 * _H + _F32))
-            yield Visit(grid.total.cycles - inner.total.cycles + passes, matrix * of_cycle, inputs, ((head, of_head, row), written))
+        inputs: dict[str, Block] = {
+            "q": ((head, of_head), float(tokens * _BF16 * _H)),
+            "k and v": (head, float(2 * _BF16 * _H * keys * seen.shape[1])),
+            "places of q": (0, float(2 * _F32 * tokens)),
+            "segments of k": (0, float(_F32 * LANES * keys * seen.shape[1])),
+        }
+        cycles = grid.total.cycles - inner.total.cycles + passes + end * len(seen)
+        yield Visit(cycles, matrix * of_cycle, inputs, ((head, of_head), float(tokens * (_BF16 * _H + _F32))))
 
 
-def _passes(inner: Region, ways: list[Region], states: np.ndarray) -> tuple[int, float]:
-    """Cycles, and cycles of products, of a loop over the chunks that are seen: one way is for chunks that need a mask, and longer."""
-    plain, masked = sorted(ways, key=lambda way: way.total.cycles)
-    between = inner.total.cycles - plain.total.cycles - masked.total.cycles
-    passes = [{WHOLLY: plain, PARTLY: masked}[state].total for state in states if state > HIDDEN]
+def _passes(inner: Region, ways: dict[int, Region], states: np.ndarray, end: int = 0) -> tuple[int, float]:
+    """Cycles, and cycles of products, of a loop over the chunks that are seen, without what `end` takes inside it."""
+    between = inner.total.cycles - sum(way.total.cycles for way in ways.values()) - end
+    passes = [ways[int(state)].total for state in states if state > HIDDEN]
     return sum(between + way.cycles for way in passes), sum(way.matrix_cycles for way in passes)
 
 
