@@ -29,6 +29,7 @@ from pallas_kernels.shapes import full_precision, varying_like
 
 _MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 _COLUMNS = 256  # queries whose weights are computed together
+_SUBLANES = 8
 STAIRS, STAIRS_PARTLY = 3, 4  # see `attention_forward`
 _BY_QUERIES = (((1,), (1,)), ((), ()))  # both sides by rows: x @ y.T
 
@@ -87,9 +88,10 @@ def attention_forward(
     number = pl.BlockSpec((None, None, 1, T), lambda b, k, r, *_: (b, k * R + r, 0, 0))
     place_of_query = pl.BlockSpec((None, 1, T), lambda b, *_: (b, 0, 0))
     segments = pl.BlockSpec((None, S, LANES), lambda b, *_: (b, 0, 0), pipeline_mode=pl.Buffered(1))
-    result = pl.BlockSpec((None, T, H), lambda b, k, r, *_: (b, 0, k * R + r)) if beside(H) else per_query
+    result = pl.BlockSpec((None, T // _SUBLANES, _SUBLANES, H), lambda b, k, r, *_: (b, 0, 0, k * R + r)) if beside(H) else per_query
 
-    out_shape = (B, T, Q * H) if beside(H) else q_BQTH.shape
+    # Rows by eights, as registers hold them: XLA would lay out the result by sixteens for the product, and copy it for the gradients.
+    out_shape = (B, T // _SUBLANES, _SUBLANES, Q * H) if beside(H) else q_BQTH.shape
 
     operands = (q_BQTH, k_BKSH, v_BKSH)
     # Of a row that is one document: what lies on the diagonal is computed whole.
@@ -121,7 +123,7 @@ def attention_forward(
         passes.reshape(-1), count, q_BQTH, k_BKSH, v_BKSH,
         q_segment_BT[:, None], jnp.broadcast_to(kv_segment_BS[..., None], (B, S, LANES)), q_index_BT[:, None],
     )  # fmt: skip
-    return out, log_z_BQ1T[:, :, 0]
+    return out.reshape(B, T, Q * H) if beside(H) else out, log_z_BQ1T[:, :, 0]
 
 
 def _packed(block: jax.Array, chunk: jax.Array, state: jax.Array) -> jax.Array:
@@ -153,7 +155,7 @@ def _kernel(  # type: ignore[no-untyped-def]
         top[...] = jnp.full_like(top, -jnp.inf)
         denominator[...] = jnp.zeros_like(denominator)
 
-    def part(block: jax.Array, column: int, size: int) -> pl.Slice:
+    def part(block: jax.Array, column: int, size: int) -> slice | pl.Slice:
         return pl.ds(pl.multiple_of(block * queries + column, LANES), size)
 
     def scores_of(block: jax.Array, chunk: jax.Array, which: int, state: int, column: int) -> None:
@@ -196,7 +198,12 @@ def _kernel(  # type: ignore[no-untyped-def]
 
     def finish(block: jax.Array) -> None:
         own = part(block, 0, queries)
-        out[own] = (total[...] / denominator[...]).T.astype(out.dtype)
+        mean = (total[...] / denominator[...]).T
+        if beside(q.shape[1]):
+            size = queries // _SUBLANES
+            out[pl.ds(block * size, size)] = mean.reshape(size, _SUBLANES, -1).astype(out.dtype)
+        else:
+            out[own] = mean.astype(out.dtype)
         log_z[:, own] = top[...] + jnp.log2(denominator[...])
         reset()
 

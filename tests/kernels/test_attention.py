@@ -15,8 +15,8 @@ from pallas_kernels.attention import HIDDEN, PARTLY, STAIRS, WHOLLY, Tiling
 
 S, Q, K, H = 512, 4, 2, 128
 SEGMENTS = np.array([0] * 10 + [1] * 190 + [2] * 200 + [3] * 50 + [0] * 62, np.int32)
-# Rows of other documents, the second out of order and in parts.
-ROWS = np.stack([SEGMENTS, np.array([2] * 60 + [1] * 200 + [2] * 30 + [7] * 180 + [0] * 42, np.int32)])
+# Rows of other documents: the second out of order and in parts, the third a single one.
+ROWS = np.stack([SEGMENTS, np.array([2] * 60 + [1] * 200 + [2] * 30 + [7] * 180 + [0] * 42, np.int32), np.ones(S, np.int32)])
 # The queries of the second of two devices that share the row: chunks 1 and 2 of 4.
 SHARE = np.arange(128, 384, dtype=np.int32)
 
