@@ -16,14 +16,16 @@ def after(numbers: jax.Array, first: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def all_after(x: jax.Array, first: jax.Array) -> jax.Array:
-    """As `after`, for an array of any dtype that nobody else reads: one of its numbers is written again, in its place. Gradients pass as if
-    there were no order."""
+def all_after(x: jax.Array, *first: jax.Array) -> jax.Array:
+    """As `after` all of `first`, for an array of any dtype that nobody else reads: one of its numbers is written again, in its place.
+    Gradients pass as if there were no order."""
+    if not first:
+        return x
     corner = jax.lax.slice(x, (0,) * x.ndim, (1,) * x.ndim)
-    return jax.lax.dynamic_update_slice(x, corner * (1 + _zero(first)).astype(x.dtype), (0,) * x.ndim)
+    return jax.lax.dynamic_update_slice(x, corner * (1 + sum(map(_zero, first))).astype(x.dtype), (0,) * x.ndim)
 
 
-all_after.defvjp(lambda x, first: (all_after(x, first), None), lambda _, gradient: (gradient, None))
+all_after.defvjp(lambda x, *first: (all_after(x, *first), (None,) * len(first)), lambda nothing, gradient: (gradient, *nothing))
 
 
 def _zero(first: jax.Array) -> jax.Array:

@@ -113,6 +113,7 @@ class DecoderBlock(nnx.Module):
         eps, dtype = self.config.rms_norm_eps, streams[0].dtype
         moe = self.moe if hasattr(self, "moe") else None
         weights, kernel = self.attention.gathered(dtype), None if moe is None else moe.router.gathered()
+        first = (*weights.values(), *(() if kernel is None else (kernel,)))
         hidden, attended, outputs = [], [], []
         routings: list[Routing] = []
         for x_BTD, context, layer in zip(streams, contexts, inputs, strict=True):
@@ -139,7 +140,7 @@ class DecoderBlock(nnx.Module):
             hidden.append(h_BTD)
             attended.append(x_BTD)
             outputs.append(out)
-        mlp = self.mlp(tuple(hidden)) if moe is None else moe(tuple(hidden), tuple(routings), experts, moe_chunks, first=weights["o"])
+        mlp = self.mlp(tuple(hidden)) if moe is None else moe(tuple(hidden), tuple(routings), experts, moe_chunks, first)
         streams = tuple(x + y for x, y in zip(attended, mlp, strict=True))
         if trace:
             outputs = [dataclasses.replace(o, hidden_BTD=x, mlp_BTD=y) for o, x, y in zip(outputs, streams, mlp, strict=True)]

@@ -68,7 +68,7 @@ class Moe(nnx.Module):
         routings: tuple[Routing, ...],
         experts: ExpertStack | None = None,
         chunks: int = 1,
-        first: Float[Array, "R ..."] | None = None,
+        first: tuple[Float[Array, "R ..."], ...] = (),
     ) -> tuple[Float[Array, "_ T D"], ...]:
         """The layer's output for every stream, whose routing its `router` has given. `experts` replaces the layer's own weights by a stack
         of which one layer is used; `chunks` and `first` as in `expert_parallel_mlp`."""
@@ -85,7 +85,7 @@ def expert_parallel_mlp(
     chunks: int = 1,
     products: ExpertProducts = EXPERT_PRODUCTS["dtype"],
     adapters: ExpertAdapters | None = None,
-    first: Float[Array, "R ..."] | None = None,
+    first: tuple[Float[Array, "R ..."], ...] = (),
 ) -> tuple[Float[Array, "_ T D"], ...]:
     """Sum over each token's experts of `weight * down(silu(gate x) * up x)`, computed where the experts are.
 
@@ -96,8 +96,8 @@ def expert_parallel_mlp(
     hidden values and gathered tokens then take memory for the parts that are computed together only (gathered weights serve all). One part
     of every stream goes together, of a single stream two (of an odd number of parts, one): while one is computed, another is on its way.
 
-    The experts' weights are gathered after `first`, another weight that is `gathered`: what is small and needed soon should not share the
-    links with what is large.
+    The experts' matrices are gathered after `first`, other weights that are `gathered`: what is small and needed soon should not share the
+    links with what is large. Those out of the experts come last.
 
     Raises:
       ConfigError: several streams cannot share the chunks, or a stream's tokens on a device do not divide into its share of them, each of
@@ -135,7 +135,7 @@ def expert_parallel_mlp(
             PartitionSpec(None, "expert", None, "fsdp"),
             PartitionSpec(),
             PartitionSpec() if adapters is None else tuple(jax.typeof(x).sharding.spec for x in adapters.arrays()),
-            PartitionSpec() if first is None else jax.typeof(first).sharding.spec,
+            tuple(jax.typeof(x).sharding.spec for x in first),
         ),
         out_specs=(per_token,) * len(streams),
     )(streams, routings, experts.wi_LEDF, experts.wo_LEFD, experts.layer, None if adapters is None else adapters.arrays(), first)
@@ -172,9 +172,8 @@ def _local_mlp(
         # Parts of a row are gathered in an order that is not that of a matrix in memory, and all of it laid out anew. Transposed, they
         # are whole rows.
         wo = jnp.swapaxes(wo, 2, 3)
-        if first is not None:
-            wo = all_after(wo, first)
-            wi = all_after(wi, wo)
+        wi = all_after(wi, *first)
+        wo = all_after(wo, wi)
         wos, wis = (_gathered(together, w) for w in (wo, wi))
     else:
         wis, wos = (wi,) * together, (wo,) * together
