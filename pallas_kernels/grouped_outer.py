@@ -11,9 +11,6 @@ All other rows that are not of the group count as zeros on both sides, so that n
 without rows is a block of none, whose products are the zeros that it needs.
 
 Whatever a visit needs to know is computed ahead, and copies are started at the end of a run: between two runs there are waits only.
-
-What the products are added to, if anything, is read into the buffers of results, some tiles ahead: it takes no memory of its own, and
-nothing interrupts a run.
 """
 
 from __future__ import annotations
@@ -44,7 +41,7 @@ class OuterTiling:
       columns: columns of a tile of the result.
       panels: parts of all columns, each a pass over the rows; a multiple of the cores.
       slots: buffers for rows of visits; one is in use, the others are read ahead.
-      results: buffers for finished tiles, and for what is added to those ahead.
+      results: buffers for finished tiles.
       adds_beside: units of a block from which on adding to a sum hides behind the products; smaller blocks that are their group's only
         one have code that does without.
       vmem_limit: bytes of vector memory that the kernel may take.
@@ -62,11 +59,6 @@ class OuterTiling:
     @property
     def block_rows(self) -> int:
         return self.unit * self.units
-
-    @property
-    def initial_ahead(self) -> int:
-        """How many tiles ahead of the results what they are added to is read: about half of the buffers, the others still write."""
-        return (self.results + 1) // 2
 
     @property
     def runs(self) -> tuple[Run, ...]:
@@ -146,7 +138,6 @@ def grouped_outer(
     rhs_MN: jax.Array,
     group_sizes_G: jax.Array,
     *,
-    initial: jax.Array | None = None,
     dtype: jnp.dtype,
     tiling: OuterTiling,
     interpret: bool | pltpu.InterpretParams = False,
@@ -156,12 +147,10 @@ def grouped_outer(
     Args:
       lhs_MK, rhs_MN: rows sorted by group, of the same dtype.
       group_sizes_G: int32; sums to M.
-      initial: [G, K, N] of `dtype`, what the products are added to in float32, before the one rounding; the result takes its place in
-        memory where nothing else needs it. Groups without rows keep it exactly.
-      dtype: of the result. Groups without rows give exact zeros if there is no `initial`.
+      dtype: of the result. Groups without rows give exact zeros.
 
     Raises:
-      ValueError: the columns do not divide into the tiling's, or `initial` is not of the result's shape and dtype.
+      ValueError: the columns do not divide into the tiling's.
     """
     if padding := -lhs_MK.shape[0] % PACK:
         lhs_MK, rhs_MN = (jnp.pad(x, ((0, padding), (0, 0))) for x in (lhs_MK, rhs_MN))
@@ -169,21 +158,17 @@ def grouped_outer(
     if num_columns % (tiling.panels * tiling.columns):
         raise ValueError(f"{num_columns} columns do not divide into {tiling.panels} panels of tiles of {tiling.columns} columns.")
     num_groups = group_sizes_G.size
-    shape = (num_groups, depth, num_columns)
-    if initial is not None and (initial.shape, initial.dtype) != (shape, dtype):
-        raise ValueError(f"initial must be of the result's {shape} and {jnp.dtype(dtype)}, got {initial.shape} and {initial.dtype}.")
-    added = [] if initial is None else [initial]
     panel = num_columns // tiling.panels
     tiles = panel // tiling.columns
     visits = plan_visits(group_sizes_G, num_rows, tiles, tiling)
     block = tiling.block_rows + PACK
     return pl.pallas_call(
-        functools.partial(_kernel, tiling=tiling, panel=panel, num_groups=num_groups, has_initial=bool(added)),
-        out_shape=varying_like(shape, dtype, lhs_MK, rhs_MN, visits.visits, *added),
+        functools.partial(_kernel, tiling=tiling, panel=panel, num_results=num_groups * tiles),
+        out_shape=varying_like((num_groups, depth, num_columns), dtype, lhs_MK, rhs_MN, visits.visits),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(tiling.panels,),
-            in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * (2 + len(added)),
+            in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * 2,
             out_specs=pl.BlockSpec(memory_space=pl.ANY),
             scratch_shapes=[
                 pltpu.VMEM((tiling.slots, block, depth), lhs_MK.dtype),
@@ -193,39 +178,29 @@ def grouped_outer(
                 pltpu.SemaphoreType.DMA((tiling.slots,)),
                 pltpu.SemaphoreType.DMA((tiling.slots,)),
                 pltpu.SemaphoreType.DMA((tiling.results,)),
-                *(pltpu.SemaphoreType.DMA((tiling.results,)) for _ in added),
             ],
         ),
-        input_output_aliases={4: 0} if added else {},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",), vmem_limit_bytes=tiling.vmem_limit, disable_bounds_checks=True
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * num_rows * depth * num_columns,
-            bytes_accessed=lhs_MK.nbytes * tiling.panels
-            + rhs_MN.nbytes
-            + (1 + len(added)) * num_groups * depth * num_columns * jnp.dtype(dtype).itemsize,
+            bytes_accessed=lhs_MK.nbytes * tiling.panels + rhs_MN.nbytes + num_groups * depth * num_columns * jnp.dtype(dtype).itemsize,
             transcendentals=0,
         ),
         interpret=interpret,
         name="grouped_outer",
-    )(visits.visits, visits.count, lhs_MK, rhs_MN, *added)
+    )(visits.visits, visits.count, lhs_MK, rhs_MN)
 
 
-def _kernel(visits, count, lhs, rhs, *refs, tiling: OuterTiling, panel: int, num_groups: int, has_initial: bool):  # type: ignore[no-untyped-def]
-    initial, *others = refs if has_initial else (None, *refs)
-    out, lhs_ring, rhs_ring, results, total, lhs_sems, rhs_sems, result_sems, *initial_sems = others
-    first_column, tiles = pl.program_id(0) * panel, panel // tiling.columns
-    num_results = num_groups * tiles
-
-    def of_panel(column):  # type: ignore[no-untyped-def]
-        return pl.ds(pl.multiple_of(first_column + column, tiling.columns), tiling.columns)
+def _kernel(  # type: ignore[no-untyped-def]
+    visits, count, lhs, rhs, out, lhs_ring, rhs_ring, results, total, lhs_sems, rhs_sems, result_sems,
+    *, tiling: OuterTiling, panel: int, num_results: int,
+):  # fmt: skip
+    first_column = pl.program_id(0) * panel
 
     def columns(visit):  # type: ignore[no-untyped-def]
-        return of_panel(visits[COLUMN, visit])
-
-    def tile(visit):  # type: ignore[no-untyped-def]
-        return visits[RESULT, visit], visits[GROUP, visit], visits[COLUMN, visit]
+        return pl.ds(pl.multiple_of(first_column + visits[COLUMN, visit], tiling.columns), tiling.columns)
 
     def rows(visit):  # type: ignore[no-untyped-def]
         size = pl.multiple_of(visits[READ, visit], PACK)
@@ -240,28 +215,8 @@ def _kernel(visits, count, lhs, rhs, *refs, tiling: OuterTiling, panel: int, num
         return pltpu.make_async_copy(rhs.at[there, columns(visit)], rhs_ring.at[slot, here], rhs_sems.at[slot])
 
     def result_copy(visit):  # type: ignore[no-untyped-def]
-        slot, group, column = tile(visit)
-        return pltpu.make_async_copy(results.at[slot], out.at[group, :, of_panel(column)], result_sems.at[slot])
-
-    def result_left(slot):  # type: ignore[no-untyped-def]
-        """To wait for the copy from this buffer, whichever tile it is of."""
-        return pltpu.make_async_copy(results.at[slot], out.at[0, :, pl.ds(0, tiling.columns)], result_sems.at[slot])
-
-    def initial_copy(slot, group, column):  # type: ignore[no-untyped-def]
-        return pltpu.make_async_copy(initial.at[group, :, of_panel(column)], results.at[slot], initial_sems[0].at[slot])
-
-    def start_reading_initial(visit) -> None:  # type: ignore[no-untyped-def]
-        """Of the tile that comes `initial_ahead` after that of the visit, as soon as its buffer is free."""
-        slot, group, column = tile(visit)
-        groups_on, tiles_on = divmod(tiling.initial_ahead, tiles)
-        column, slot = column + tiles_on * tiling.columns, slot + tiling.initial_ahead
-        group = group + groups_on + (column >= panel).astype(jnp.int32)
-        column, slot = jnp.where(column >= panel, column - panel, column), jnp.where(slot >= tiling.results, slot - tiling.results, slot)
-
-        @pl.when(group < num_groups)
-        def _() -> None:
-            pl.when(group * panel + column >= tiling.results * tiling.columns)(lambda: result_left(slot).wait())
-            initial_copy(slot, group, column).start()
+        slot = visits[RESULT, visit]
+        return pltpu.make_async_copy(results.at[slot], out.at[visits[GROUP, visit], :, columns(visit)], result_sems.at[slot])
 
     def start_reading(visit) -> None:  # type: ignore[no-untyped-def]
         @pl.when(visits[READS_LEFT, visit] == 1)
@@ -300,14 +255,10 @@ def _kernel(visits, count, lhs, rhs, *refs, tiling: OuterTiling, panel: int, num
             if block.adds:
                 product += jnp.where(is_first, 0.0, total[features])
             if block.gives:
-                if has_initial:
-                    product += result[features].astype(jnp.float32)
                 result[features] = product.astype(result.dtype)
             else:
                 total[features] = product
         if block.gives:
-            if has_initial:
-                start_reading_initial(visit)
             result_copy(visit).start()
         start_reading(visit + tiling.slots)  # into the buffers that are free now
 
@@ -318,10 +269,9 @@ def _kernel(visits, count, lhs, rhs, *refs, tiling: OuterTiling, panel: int, num
 
         rhs_copy(visit).wait()
 
-        if has_initial:
-            pl.when(visits[RUN, visit] > 0)(lambda: initial_copy(*tile(visit)).wait())  # where a result is given
-        else:
-            pl.when(visits[REUSES, visit] == 1)(lambda: result_copy(visit).wait())  # of the tile that had this buffer
+        @pl.when(visits[REUSES, visit] == 1)
+        def _() -> None:
+            result_copy(visit).wait()  # of the tile that had this buffer
 
         choose(visit, 0, len(tiling.runs))
 
@@ -335,9 +285,6 @@ def _kernel(visits, count, lhs, rhs, *refs, tiling: OuterTiling, panel: int, num
 
     for visit in range(tiling.slots):
         start_reading(visit)
-    if has_initial:
-        for at in range(min(tiling.initial_ahead, num_results)):
-            initial_copy(at, at // tiles, at % tiles * tiling.columns).start()
     jax.lax.fori_loop(0, count[0], step, None)
     for slot in range(min(tiling.results, num_results)):
-        result_left(slot).wait()
+        pltpu.make_async_copy(results.at[slot], out.at[0, :, pl.ds(0, tiling.columns)], result_sems.at[slot]).wait()

@@ -20,8 +20,8 @@ from pallas_kernels.row_blocks import PACK, BlockCost, best_sums
 from pallas_kernels.scaled_product import PACK as SCALED_PACK
 from pallas_kernels.scaled_product import ScaledTiling
 
-# (chip, kernel, rows, depth, columns, groups, bytes of an operand's element) -> tiling; kernels: product, transposed, outer, outer added,
-# scaled, scaled transposed.
+# (chip, kernel, rows, depth, columns, groups, bytes of an operand's element) -> tiling; kernels: product, transposed, outer, scaled,
+# scaled transposed.
 TABLE: dict[tuple[str, str, int, int, int, int, int], ProductTiling | OuterTiling | ScaledTiling] = {}
 
 # Sets of block sizes that cover any number of rows with little waste, fewest code first; by depth of the matrix units. Found by
@@ -122,24 +122,21 @@ def _product_tiling(
     )
 
 
-def outer_tiling(
-    chip: Chip, num_rows: int, depth: int, num_columns: int, num_groups: int, itemsize: int, out_itemsize: int, *, adds: bool = False
-) -> OuterTiling:
-    """Tiling of `grouped_outer` of [num_rows, depth] with [num_rows, num_columns], or if it `adds` with an `initial` beside.
+def outer_tiling(chip: Chip, num_rows: int, depth: int, num_columns: int, num_groups: int, itemsize: int, out_itemsize: int) -> OuterTiling:
+    """Tiling of `grouped_outer` of [num_rows, depth] with [num_rows, num_columns].
 
     Raises:
       DoesNotFit: not even the smallest blocks do.
     """
-    key = (chip.name, "outer added" if adds else "outer", num_rows, depth, num_columns, num_groups, itemsize)
+    key = (chip.name, "outer", num_rows, depth, num_columns, num_groups, itemsize)
     if key in TABLE:
         return TABLE[key]  # type: ignore[return-value]
-    return _outer_tiling(chip, num_rows / num_groups, depth, num_columns, itemsize, out_itemsize, adds)
+    return _outer_tiling(chip, num_rows / num_groups, depth, num_columns, itemsize, out_itemsize)
 
 
 @functools.cache
-def _outer_tiling(chip: Chip, group_rows: float, depth: int, num_columns: int, itemsize: int, out_itemsize: int, adds: bool) -> OuterTiling:
-    matrix = depth * num_columns * out_itemsize / chip.hbm
-    hbm = group_rows * (depth + num_columns) * itemsize / chip.hbm + (1 + adds) * matrix
+def _outer_tiling(chip: Chip, group_rows: float, depth: int, num_columns: int, itemsize: int, out_itemsize: int) -> OuterTiling:
+    hbm = (group_rows * (depth + num_columns) * itemsize + depth * num_columns * out_itemsize) / chip.hbm
     panels = _panels(chip, num_columns)[0]
     panel = num_columns // panels
     found: list[tuple[float, float, OuterTiling]] = []
@@ -147,7 +144,7 @@ def _outer_tiling(chip: Chip, group_rows: float, depth: int, num_columns: int, i
         cost = BlockCost(_per_row(chip, depth, columns, itemsize), 0, chip.region_overhead + OUTER_STEP)
         for units, slots, results in itertools.product(OUTER_UNITS, (2, 3, 4, 5, 6), (2, 3, 4, 6)):
             block, tiles = units * chip.depth, panel // columns
-            cycles, blocks, again, alone = _outer_cycles(chip.depth, units, cost, group_rows)
+            cycles, blocks, again = _outer_cycles(chip.depth, units, cost, group_rows)
             rings = slots * (block + PACK) * (depth + columns) * itemsize + results * depth * columns * out_itemsize
             in_a_run = block * (columns + 3 * SLICE // 2) * itemsize  # right rows without strangers, left rows of a slice transposed
             if rings + depth * columns * 4 + in_a_run + RESERVED > chip.vmem:
@@ -157,13 +154,9 @@ def _outer_tiling(chip: Chip, group_rows: float, depth: int, num_columns: int, i
             # Waits, for rows or for results to leave, matter only where compute and transfers are nearly alike.
             transfers = hbm + again * (tiles - 1) * depth * itemsize / chip.hbm
             shorter, longer = sorted((cycles * tiles * (panels // chip.cores) / chip.clock, transfers))
-            # Buffers of results that are written and read at a time share the way. Where there are two, reading for a tile starts when
-            # the tile before is done: it hides behind the first block of several, not behind the only one.
-            results_ahead = (results - 1) / 2 if adds else results - 1
-            exposed = alone * matrix if adds and tiling.initial_ahead == 1 else 0.0
-            groups_ahead = 1 / (1 / (slots - 1) + 1 / results_ahead) / (tiles * blocks)
+            groups_ahead = 1 / (1 / (slots - 1) + 1 / (results - 1)) / (tiles * blocks)
             code = sum(run.units for run in tiling.runs) * chip.depth * cost.per_row
-            found.append((code, longer + 0.1 * shorter * (shorter / longer) ** 6 / groups_ahead + exposed, tiling))
+            found.append((code, longer + 0.1 * shorter * (shorter / longer) ** 6 / groups_ahead, tiling))
     if not found:
         raise DoesNotFit(
             f"a weight gradient [{depth}, {num_columns}] of {itemsize}-byte rows does not fit the {chip.vmem // MIB} MiB of vector "
@@ -175,14 +168,14 @@ def _outer_tiling(chip: Chip, group_rows: float, depth: int, num_columns: int, i
     return min((of for of in little if of[0] <= 1.005 * best), key=lambda of: (of[1].units, of[0], -of[1].slots))[1]
 
 
-def _outer_cycles(unit: int, units: int, cost: BlockCost, group_rows: float) -> tuple[float, float, float, float]:
-    """Modelled cycles of a tile, number of blocks of a group, rows that are read again for every further tile, since their group has
-    several blocks, and the share of groups of one block; the mean over groups of typical sizes."""
+def _outer_cycles(unit: int, units: int, cost: BlockCost, group_rows: float) -> tuple[float, float, float]:
+    """Modelled cycles of a tile, number of blocks of a group, and rows that are read again for every further tile, since their group has
+    several blocks; the mean over groups of typical sizes."""
     sizes = group_rows * np.array(TYPICAL_SIZES)
     rows = unit * np.ceil(sizes / unit)
     blocks = np.ceil(rows / (unit * units))
     cycles, again = (cost.per_row * rows + cost.overhead * blocks).sum(), sizes[blocks > 1].sum()
-    return float(cycles / sum(TYPICAL_SIZES)), float(blocks.mean()), float(again / sum(TYPICAL_SIZES)), float((blocks == 1).mean())
+    return float(cycles / sum(TYPICAL_SIZES)), float(blocks.mean()), float(again / sum(TYPICAL_SIZES))
 
 
 def scaled_tiling(

@@ -4,7 +4,6 @@
     python -m tools.kernel_report --chips v6e --ops up_fwd --rows 32768 --no-peers --tree
     python -m tools.kernel_report --kernel grouped fp8 --no-peers     # products in FP8 beside those in bfloat16
     python -m tools.kernel_report --kernel plain                      # plain matrix products, whose work is known
-    python -m tools.kernel_report --kernel added_gradients            # weight gradients added to those of another part of the batch
     python -m tools.kernel_report --kernel routing                    # the router's kernels beside what XLA estimates for plain jax.numpy
     python -m tools.kernel_report --kernel rotary                     # norm and rotary encoding of queries and keys, beside the same
     python -m tools.kernel_report --kernel attention                  # attention forward and its gradients, causal

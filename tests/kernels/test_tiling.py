@@ -7,7 +7,7 @@ import pytest
 from pallas_kernels import product_model
 from pallas_kernels.chips import CHIPS
 from pallas_kernels.row_blocks import cut_rows
-from pallas_kernels.tiling import WEIGHT, outer_tiling, product_tiling
+from pallas_kernels.tiling import WEIGHT, product_tiling
 
 K, N, GROUPS = 4096, 3072, 64
 
@@ -23,20 +23,6 @@ def test_rings_fit_vector_memory_and_hold_what_is_read_ahead(chip, kind, rows):
     held = (tiling.read_ahead + 1) * block * (K * 2 + WEIGHT * (parts - 1)) + tiling.results * block * panel * 2
     assert matrices + held < tiling.vmem_limit <= chip.vmem
     assert tiling.results >= 2 and tiling.panels % chip.cores == 0 and panel * parts % tiling.columns == 0
-
-
-@pytest.mark.parametrize("rows", [8192, 49152, 131072])
-@pytest.mark.parametrize("columns", [1536, 3072])
-@pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
-def test_a_weight_gradient_that_adds_reads_ahead_into_memory_that_fits(chip, columns, rows):
-    """Where there are only two buffers of results, reading for a tile hides behind the first of its blocks, so most have several."""
-    tiling = outer_tiling(chip, rows, K, columns, GROUPS, 2, 2, adds=True)
-    tile, block = K * tiling.columns, tiling.block_rows
-    held = tiling.slots * block * (K + tiling.columns) * 2 + tiling.results * tile * 2 + tile * 4
-    assert held < tiling.vmem_limit <= chip.vmem
-    assert 1 <= tiling.initial_ahead < tiling.results
-    assert tiling.initial_ahead >= 2 or rows / GROUPS >= 2 * block
-    assert tiling.panels % chip.cores == 0 and columns % (tiling.panels * tiling.columns) == 0
 
 
 @pytest.mark.parametrize("rows", [8192, 65536])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Iterator
 
 import jax
@@ -19,12 +18,11 @@ from tools.kernels.cases import Case
 from tools.kernels.chips import Chip
 from tools.kernels.compile import Compilation, Launch
 from tools.kernels.peers import grid_loop
-from tools.kernels.products import GROUPS, PRODUCTS, Product, group_sizes
+from tools.kernels.products import GROUPS, Product
 from tools.kernels.schedule import Region, ScheduleError
 from tools.kernels.simulate import Program, Step, Transfer
 
 _ROWS = 8192  # compiled for; neither code nor schedule depends on the number of rows
-_ADDED_ROWS = (49152, 131072)  # that a part of the batch brings to a device's experts
 _BYTES = 2  # of a bfloat16
 
 
@@ -41,38 +39,17 @@ def grouped_matmul(chip: Chip, product: Product, rows: int) -> list[Case]:
     return [_case(product, rows, tiling, blocks, buffers, _call_product, _product_program)]
 
 
-def added_gradients(chip: Chip) -> list[Case]:
-    """Weight gradients as they are and added to those of another part of the batch, for random sizes of groups; the down projection's as
-    its matrix is kept, [G, 4096, 1536]."""
-    found = []
-    for product, rows in itertools.product((PRODUCTS["up_drhs"], Product("dn_drhs turned", "weight_gradient", 4096, 1536)), _ADDED_ROWS):
-        of_chip, work = chips.CHIPS[chip.name], product.work(rows)
-        for adds in (False, True):
-            tiling = outer_tiling(of_chip, rows, product.k, product.n, GROUPS, _BYTES, _BYTES, adds=adds)
-            blocks = f"blocks to {tiling.block_rows} x {tiling.columns}, buffers {tiling.slots}/{tiling.results}"
-            name = f"{product.name}{' added' if adds else ''}, {rows} rows, {blocks}"
-            launch = functools.partial(_launch, functools.partial(_call_outer, product, tiling), product, adds=adds)
-            moved = work.bytes + (GROUPS * product.k * product.n * _BYTES if adds else 0)
-            program = functools.partial(_added_program, product, tiling, rows, adds)
-            found.append(Case(name, launch, dataclasses.replace(work, bytes=moved), program))
-    return found
-
-
-def _added_program(product: Product, tiling: OuterTiling, rows: int, adds: bool, chip: Chip, compilation: Compilation, _: np.ndarray):  # type: ignore[no-untyped-def]
-    return _outer_program(product, tiling, chip, compilation, group_sizes(rows, "rnd"), adds=adds)
-
-
 def _case(product: Product, rows: int, tiling, blocks: str, buffers: tuple[int, ...], call, program) -> Case:  # type: ignore[no-untyped-def]
     name = f"ours {product.name} {blocks} x {tiling.columns}, buffers {'/'.join(map(str, buffers))}"
     launch = functools.partial(_launch, functools.partial(call, product, tiling), product)
     return Case(name, launch, product.work(rows), functools.partial(program, product, tiling), product.least_flops)
 
 
-def _launch(call, product: Product, chip: Chip, *, adds: bool = False) -> Launch:  # type: ignore[no-untyped-def]
+def _launch(call, product: Product, chip: Chip) -> Launch:  # type: ignore[no-untyped-def]
     matrices = (GROUPS, product.k, product.n)
     rhs = {"forward": matrices, "input_gradient": (GROUPS, product.n, product.k), "weight_gradient": (_ROWS, product.n)}[product.kind]
-    shapes = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((_ROWS, product.k), rhs, *([matrices] if adds else []))]
-    return Launch(call, (*shapes[:2], jax.ShapeDtypeStruct((GROUPS,), jnp.int32), *shapes[2:]))
+    shapes = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((_ROWS, product.k), rhs))
+    return Launch(call, (*shapes, jax.ShapeDtypeStruct((GROUPS,), jnp.int32)))
 
 
 def _call_product(product: Product, tiling: ProductTiling, lhs, rhs, sizes):  # type: ignore[no-untyped-def]
@@ -82,8 +59,8 @@ def _call_product(product: Product, tiling: ProductTiling, lhs, rhs, sizes):  # 
     )
 
 
-def _call_outer(product: Product, tiling: OuterTiling, lhs, rhs, sizes, initial=None):  # type: ignore[no-untyped-def]
-    return grouped_outer.grouped_outer(lhs, rhs, sizes, initial=initial, dtype=jnp.dtype(jnp.bfloat16), tiling=tiling)
+def _call_outer(product: Product, tiling: OuterTiling, lhs, rhs, sizes):  # type: ignore[no-untyped-def]
+    return grouped_outer.grouped_outer(lhs, rhs, sizes, dtype=jnp.dtype(jnp.bfloat16), tiling=tiling)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,10 +123,8 @@ def block_program(tiling: ProductTiling, of: BlockBytes, chip: Chip, compilation
     return _on_cores(chip, tiling.panels, steps)
 
 
-def _outer_program(
-    product: Product, tiling: OuterTiling, chip: Chip, compilation: Compilation, sizes: np.ndarray, *, adds: bool = False
-) -> Program:
-    """A step per visit: what it waits for, then its run; and one at whose end copies start."""
+def _outer_program(product: Product, tiling: OuterTiling, chip: Chip, compilation: Compilation, sizes: np.ndarray) -> Program:
+    """A step per visit: what it waits for, then its run, at whose end copies start."""
     loop = grid_loop(compilation.main)
     hot = [region for region in loop.walk() if region.own.matmuls]
     if len(hot) != len(tiling.runs):
@@ -160,9 +135,7 @@ def _outer_program(
     plan = grouped_outer.plan_visits(jnp.asarray(sizes, jnp.int32), int(sizes.sum()), tiles, tiling)
     num_visits, visits = int(plan.count[0]), np.asarray(plan.visits)
     block = np.cumsum(visits[grouped_outer.READS_LEFT]) - 1
-    gives = visits[grouped_outer.RUN] > 0
-    tile = np.cumsum(gives) - gives
-    tile_bytes = float(product.k * tiling.columns * _BYTES)
+    tile = np.cumsum(visits[grouped_outer.RUN] > 0) - 1
 
     def steps(part: int) -> Iterator[Step]:
         def reads(visit: int) -> Iterator[Transfer]:
@@ -172,27 +145,16 @@ def _outer_program(
             if rows:
                 yield ("right", part, visit), rows * tiling.columns * _BYTES
 
-        def initial(index: int) -> Iterator[Transfer]:
-            if adds and index < GROUPS * tiles:
-                yield ("initial", part, index), tile_bytes
-
-        first = [read for visit in range(tiling.slots) for read in reads(visit)]
-        first += [read for index in range(tiling.initial_ahead) for read in initial(index)]
-        yield Step(compilation.main.root.own.cycles, issues=tuple(first))
+        yield Step(compilation.main.root.own.cycles, issues=tuple(read for visit in range(tiling.slots) for read in reads(visit)))
         for visit in range(num_visits):
             waits = [name for name, _ in reads(visit)]
-            index, of = int(visits[grouped_outer.RUN, visit]), int(tile[visit])
-            run, later = tiling.runs[index], of + tiling.initial_ahead
+            if visits[grouped_outer.REUSES, visit]:
+                waits.append(("result", part, int(tile[visit]) - tiling.results))
+            index = int(visits[grouped_outer.RUN, visit])
+            run = tiling.runs[index]
+            result = ((("result", part, int(tile[visit])), float(product.k * tiling.columns * _BYTES)),) if run.gives else ()
             flops = 2.0 * run.units * tiling.unit * product.k * tiling.columns
-            starts, left = list(reads(visit + tiling.slots)), []
-            if run.gives:
-                waits += [name for name, _ in initial(of)]
-                starts = [*initial(later), (("result", part, of), tile_bytes), *starts]
-                left = [("result", part, later - tiling.results) for _ in initial(later) if later >= tiling.results]
-            if visits[grouped_outer.REUSES, visit] and not adds:
-                waits.append(("result", part, of - tiling.results))
-            yield Step(cycles[index], tuple(waits), (), (), flops)
-            yield Step(waits=tuple(left), issues=tuple(starts))
+            yield Step(cycles[index], tuple(waits), (), (*result, *reads(visit + tiling.slots)), flops)
 
     return _on_cores(chip, tiling.panels, steps)
 

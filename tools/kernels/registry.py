@@ -23,5 +23,4 @@ OTHERS: dict[str, Callable[[Chip], list[Case]]] = {
     "swiglu": swiglu.cases,
     "swiglu_gradient": swiglu.gradients,
     "attention": attention.cases,
-    "added_gradients": ours.added_gradients,
 }
