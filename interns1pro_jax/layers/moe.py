@@ -97,7 +97,7 @@ def expert_parallel_mlp(
     of every stream goes together, of a single stream two (of an odd number of parts, one): while one is computed, another is on its way.
 
     The experts' matrices are gathered after `first`, other weights that are `gathered`: what is small and needed soon should not share the
-    links with what is large. Those out of the experts come last.
+    links with what is large. Those out of the experts come last: in the order in which they are needed.
 
     Raises:
       ConfigError: several streams cannot share the chunks, or a stream's tokens on a device do not divide into its share of them, each of
@@ -173,7 +173,8 @@ def _local_mlp(
         # are whole rows.
         wo = jnp.swapaxes(wo, 2, 3)
         wi = all_after(wi, *first)
-        wo = all_after(wo, wi)
+        # Not before the first of several streams has passed its router: XLA lets the transfer before end where this one begins.
+        wo = all_after(wo, wi, *(routing.weights_BTGC for routing in routings[: len(streams) - 1]))
         wos, wis = (_gathered(together, w) for w in (wo, wi))
     else:
         wis, wos = (wi,) * together, (wo,) * together
