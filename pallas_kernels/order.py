@@ -22,7 +22,7 @@ def all_after(x: jax.Array, *first: jax.Array) -> jax.Array:
     if not first:
         return x
     corner = jax.lax.slice(x, (0,) * x.ndim, (1,) * x.ndim)
-    return jax.lax.dynamic_update_slice(x, corner * (1 + sum(map(_zero, first))).astype(x.dtype), (0,) * x.ndim)
+    return jax.lax.dynamic_update_slice(x, corner * sum(map(_zero, first), start=jnp.int32(1)).astype(x.dtype), (0,) * x.ndim)
 
 
 all_after.defvjp(lambda x, *first: (all_after(x, *first), (None,) * len(first)), lambda nothing, gradient: (gradient, *nothing))
