@@ -77,13 +77,12 @@ class Attention(nnx.Module):
         self,
         x_BTD: Float[Array, "B T D"],
         context: AttentionContext,
+        weights: dict[str, Float[Array, "R ..."]],
         cache: LayerCache | None = None,
-        weights: dict[str, Float[Array, "R ..."]] | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         """Causal attention within documents; with a cache, over its slots (which this pass's keys and values join first). `weights` are
-        `gathered`, where several calls share them."""
+        `gathered`; several calls may share them."""
         cfg, dtype = self.config, x_BTD.dtype
-        weights = self.gathered(dtype) if weights is None else weights
 
         def changed(name: str, y_BT: jax.Array, x_BT: jax.Array, bias: str) -> jax.Array:
             y_BT = y_BT if self.lora is None else y_BT + getattr(self.lora, name)(x_BT)

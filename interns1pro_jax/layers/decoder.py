@@ -122,7 +122,7 @@ class DecoderBlock(nnx.Module):
             normed = jax.lax.optimization_barrier(rms_norm(x_BTD, self.attention_norm_D[...], eps))
             if routings:  # the stream before first, whose tokens are then on their way
                 context = dataclasses.replace(context, segment_ids=_after(context.segment_ids, routings[-1].weights_BTGC))
-            attention, cache = self.attention(normed, context, cache, weights)
+            attention, cache = self.attention(normed, context, weights, cache)
             x_BTD = x_BTD + attention
             h_BTD = rms_norm(x_BTD, self.mlp_norm_D[...], eps)
             out = BlockOutput()

@@ -42,7 +42,11 @@ def compiled() -> aot.Program:
         x = abstract((1, LENGTH, config.hidden_size), jnp.bfloat16, "batch", "sequence", None)
 
         def loss(params, x, context):
-            x, _ = jax.lax.scan(REMAT["attention"](lambda x, p: (x + nnx.merge(graph, p)(x, context)[0], None)), x, params)
+            def layer(x, params):
+                attention = nnx.merge(graph, params)
+                return x + attention(x, context, attention.gathered(x.dtype))[0], None
+
+            x, _ = jax.lax.scan(REMAT["attention"](layer), x, params)
             return jnp.sum(x.astype(jnp.float32) ** 2)
 
         return aot.compile_for(mesh, jax.grad(loss, argnums=(0, 1)), params, x, context)
