@@ -56,8 +56,8 @@ class Tiling:
     gradient: tuple[int, int] = (1024, 512)
 
 
-# Splash's compile within the vector memory that XLA gives a kernel by default (v5e, for which only short rows were compiled, as v5p). The
-# blocks of our kernels were chosen by hand from a few compiled schedules of rows of 4,096, and nothing was tuned on a chip.
+# Splash's blocks compile within the vector memory that XLA gives a kernel by default; those of v5e are v5p's, not compiled for v5e itself.
+# The blocks of our kernels were chosen by hand from a few compiled schedules of rows of 4,096, and nothing was tuned on a chip.
 _TILINGS = {
     "v5e": Tiling((1024, 1024, 512), (512, 1024, 512), CHIPS["v5e"].vmem - MIB),
     "v5p": Tiling((1024, 1024, 512), (512, 1024, 512), CHIPS["v5p"].vmem - MIB),
@@ -132,7 +132,8 @@ class _Plan:
 
 
 def _plan(length: int, runs: int, k_BSKH: jax.Array, tiling: Tiling, causal: bool, name: str | None, interpret: Interpret) -> _Plan:
-    """The tiling, with blocks no larger than the tiling's that divide the lengths."""
+    """The tiling, with blocks no larger than the tiling's that divide the lengths. Our forward kernel is used only where that of the
+    gradients fits as well: one decision for both."""
 
     def fit(length: int, most: int) -> int:
         return max(size for size in range(LANES, min(length, most) + 1, LANES) if length % size == 0)

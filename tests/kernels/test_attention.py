@@ -17,13 +17,16 @@ S, Q, K, H = 512, 4, 2, 128
 SEGMENTS = np.array([0] * 10 + [1] * 190 + [2] * 200 + [3] * 50 + [0] * 62, np.int32)
 # Rows of other documents: the second out of order and in parts, the third a single one.
 ROWS = np.stack([SEGMENTS, np.array([2] * 60 + [1] * 200 + [2] * 30 + [7] * 180 + [0] * 42, np.int32), np.ones(S, np.int32)])
+# For blocks of three steps, of which the second begins within a half of a chunk; rows of documents and of a single one.
+LONGER = np.stack([np.array([0] * 10 + [1] * 190 + [2] * 300 + [3] * 150 + [0] * 118, np.int32), np.ones(768, np.int32)])
 # The queries of the second of two devices that share the row: chunks 1 and 2 of 4.
 SHARE = np.arange(128, 384, dtype=np.int32)
 
 
-def operands(index, width=H):
-    shapes = (len(index), Q, width), (S, K, width), (S, K, width), (len(index), Q, width)
-    return [jax.random.normal(jax.random.key(i), (len(ROWS), *shape)) for i, shape in enumerate(shapes)]
+def operands(index, width=H, rows=ROWS):
+    keys = rows.shape[1]
+    shapes = (len(index), Q, width), (keys, K, width), (keys, K, width), (len(index), Q, width)
+    return [jax.random.normal(jax.random.key(i), (len(rows), *shape)) for i, shape in enumerate(shapes)]
 
 
 def gradients(function, q, k, v, grad):
@@ -35,20 +38,20 @@ ROW = np.arange(S, dtype=np.int32)
 # Blocks of 128 hold one document, several, or padding as well. With no memory for our kernels all is splash's.
 SHORT = Tiling((128, 256, 128), (128, 128, 128), 1 << 30, (128, 128), (128, 128))
 LONG = dataclasses.replace(SHORT, vmem=0)
-# Blocks on the diagonal are stairs of two steps, or have keys that only the later half of the queries sees.
-STEPS = dataclasses.replace(SHORT, short=(512, 512), gradient=(512, 256))
+# Blocks on the diagonal are stairs of three steps, or have keys that only the later half of the queries sees.
+STEPS = dataclasses.replace(SHORT, short=(384, 384), gradient=(768, 384))
 # Memory that nothing was written to holds no numbers, and what is read out of bounds is an error.
 EMULATED = pltpu.InterpretParams()
 
 
-def results(function, index, causal, dtype=jnp.float32, exact=False, padding=True, width=H):
+def results(function, index, causal, dtype=jnp.float32, exact=False, padding=True, width=H, rows=ROWS):
     """Output at valid queries and gradients of `function`, for operands of `dtype` or, `exact`, rounded to it.
 
     With `padding`, its results have gradients, and keys of which weights could be of any size.
     """
-    q_segment, kv_segment, places = jnp.asarray(ROWS[:, index]), jnp.asarray(ROWS), jnp.tile(index, (len(ROWS), 1))
+    q_segment, kv_segment, places = jnp.asarray(rows[:, index]), jnp.asarray(rows), jnp.tile(index, (len(rows), 1))
     valid = (q_segment > 0)[..., None, None]
-    q, k, v, grad = (x.astype(dtype).astype(jnp.float32 if exact else dtype) for x in operands(index, width))
+    q, k, v, grad = (x.astype(dtype).astype(jnp.float32 if exact else dtype) for x in operands(index, width, rows))
     if padding:
         k = jnp.where((kv_segment > 0)[..., None, None], k, 100 * k)
     else:
@@ -73,15 +76,21 @@ def reference(q_segment, kv_segment, places, causal, q, k, v):
 
 
 @pytest.mark.parametrize(
-    ("causal", "index", "tiling", "width"),
-    [(True, SHARE, LONG, 128), (True, SHARE, SHORT, 128), (True, ROW, STEPS, 128), (False, ROW, SHORT, 64)],
+    ("causal", "rows", "index", "tiling", "width"),
+    [
+        (True, ROWS, SHARE, LONG, 128),
+        (True, ROWS, SHARE, SHORT, 128),
+        (True, LONGER, np.arange(768, dtype=np.int32), STEPS, 128),
+        (False, ROWS, ROW, SHORT, 64),
+    ],
     ids=["long", "share", "steps", "row"],
 )
-def test_equals_reference(causal, index, tiling, width):
+def test_equals_reference(causal, rows, index, tiling, width):
     """Of rows that hold other documents; heads that are whole registers lie beside each other in our kernels' results."""
     padding = tiling is not LONG
-    got = results(functools.partial(kernel, tiling, EMULATED if padding else True), index, causal, padding=padding, width=width)
-    for x, y in zip(got, results(reference, index, causal, padding=padding, width=width), strict=True):
+    options = dict(padding=padding, width=width, rows=rows)
+    got = results(functools.partial(kernel, tiling, EMULATED if padding else True), index, causal, **options)
+    for x, y in zip(got, results(reference, index, causal, **options), strict=True):
         np.testing.assert_allclose(x, y, atol=2e-5)
 
 
@@ -137,9 +146,9 @@ def test_gradients_know_what_they_see(causal):
     assert {*sight.ravel()} == {HIDDEN, PARTLY, WHOLLY}
 
 
-def test_what_is_left_out_of_a_block_no_query_sees():
-    """Of stairs all scores that count are computed, and those that are not masked count; of `LATER` the first half sees nothing. In rows of
-    one document and of several, in their own order and where a device has two runs of them."""
+def test_what_is_left_out_of_stairs_no_query_sees():
+    """All scores that count are computed, and those that are not masked count. In rows of one document and of several, in their own order
+    and where a device has two runs of them."""
     size, cell = 128, 32
     ones = np.ones(S, np.int32)
     for segment, index in ((ones, ROW), (SEGMENTS, ROW), (SEGMENTS, np.concatenate([ROW[:128], ROW[-128:]])), (ROWS[1], SHARE - 16)):

@@ -30,9 +30,12 @@ def test_gradients_pass_as_if_there_were_no_order():
     np.testing.assert_array_equal(gradients[1], jnp.zeros(4))
 
 
-@pytest.mark.parametrize("order", [after, all_after])
-def test_the_second_depends_on_the_first_in_the_compiled_program(order):
-    def function(numbers, y):
-        return order(numbers, jnp.sin(y))
+@pytest.mark.parametrize("order, first", [(after, ["sine"]), (all_after, ["sine", "cosine"])])
+def test_the_second_depends_on_each_first_in_the_compiled_program(order, first):
+    functions = {"sine": jnp.sin, "cosine": jnp.cos}
 
-    assert "sine" in jax.jit(function).lower(jnp.arange(4), jnp.ones(3)).compile().as_text()
+    def function(numbers, y):
+        return order(numbers, *(functions[name](y) for name in first))
+
+    text = jax.jit(function).lower(jnp.arange(4), jnp.ones(3)).compile().as_text()
+    assert all(f" {name}(" in text for name in first)

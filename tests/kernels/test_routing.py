@@ -79,7 +79,12 @@ def test_equals_the_definition(kind, chosen):
 
 
 def test_rows_of_whole_chunks_are_routed_apart_as_they_are_together():
-    check(logits(4 * CHUNK, "random"), 1, function=route_halves, options=(("interpret", True),))  # the emulator knows no vmap
+    """Each with a second block that is partly filled."""
+    tokens = 2 * (BLOCK + CHUNK)
+    replay = rng.integers(0, SIZE, (tokens, GROUPS, 2)).astype(np.int32)
+    replay[::3] = NONE
+    options = (("interpret", True),)  # the emulator knows no vmap
+    check(logits(tokens, "random"), 2, jnp.asarray(replay), function=route_halves, options=options)
 
 
 @pytest.mark.parametrize("tokens", [1, CHUNK + 1, BLOCK + 1])

@@ -1,14 +1,15 @@
-"""The attention kernels of a training step at the released model's sizes, each for one row that is one document: forward, with what the
-backward pass needs, splash or this project's kernel, whichever the chip uses, and this project's kernel for the gradients.
+"""The attention kernels of a training step at the released model's sizes, each for one row that is one document: this project's, forward
+with what the backward pass needs and for the gradients, and splash, which takes over where a row is too long for them.
 
 Work is what `interns1pro_jax.train.hlo_cost.kernel_cost` counts, so that a ratio here is what `train.timeline` multiplies its bound
-with: the products of all blocks of scores that are visited, those on the diagonal whole.
+with: the products of all blocks of scores that are visited, those on the diagonal whole but for what stairs and the later half of the
+queries leave out.
 
 A schedule does not know which blocks are visited, since tables in scalar memory say so. But each way through a kernel is a region of its
 own, so a step of the grid takes the sum of its parts: what every step takes, and besides what it takes to begin or end a sum, and each
 block that it visits. Splash has one way through a block, masked or not, and takes a step for each block that it does not visit, too. This
-project's kernels have one way with a mask, for chunks of keys on the diagonal, and one without, and an inner loop over the chunks that
-they visit.
+project's kernels have an inner loop over the chunks of keys that they visit, with a way for each kind of chunk: seen wholly or partly, and
+forward two kinds of stairs, for the gradients what only the later half of the queries sees.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class _Pass:
 
 def cases(chip: Chip) -> list[Case]:
     """Rows of 4,096 tokens, and forward of 32,768, whose gradients do not fit the vector memory of v5p."""
-    tiling = _blocks(chip)
+    tiling = _tiling(chip)
     splash = _Pass("attention by splash", 2, 1, (2, 2, 1), sight, _launch_splash, splash_visits)
     forward = _Pass("attention", 2, 1, (2, 2, 1), forward_sight, _launch_forward, forward_visits)
     gradient = _Pass("gradient of attention", 5, 2, (4, 4, 1), gradient_sight, _launch_gradient, gradient_visits)
@@ -216,16 +217,16 @@ def _launch_splash(tokens: int, chip: Chip) -> Launch:
 
 def _launch_forward(tokens: int, chip: Chip) -> Launch:
     q, k = (jax.ShapeDtypeStruct((1, count, tokens, _H), jnp.bfloat16) for count in (_Q, _K))
-    return Launch(functools.partial(attention_forward, causal=True), (q, k, k, *_places(tokens, _blocks(chip).short)))
+    return Launch(functools.partial(attention_forward, causal=True), (q, k, k, *_places(tokens, _tiling(chip).short)))
 
 
 def _launch_gradient(tokens: int, chip: Chip) -> Launch:
     q, k = (jax.ShapeDtypeStruct((1, count, tokens, _H), jnp.bfloat16) for count in (_Q, _K))
     out, number = jax.ShapeDtypeStruct((1, tokens, _Q * _H), jnp.bfloat16), jax.ShapeDtypeStruct((1, _Q, tokens), jnp.float32)
-    return Launch(functools.partial(attention_gradient, causal=True), (q, k, k, out, out, number, *_places(tokens, _blocks(chip).gradient)))
+    return Launch(functools.partial(attention_gradient, causal=True), (q, k, k, out, out, number, *_places(tokens, _tiling(chip).gradient)))
 
 
-def _blocks(chip: Chip) -> attention.Tiling:
+def _tiling(chip: Chip) -> attention.Tiling:
     return attention.tiling_of(chips.CHIPS[chip.name])
 
 
