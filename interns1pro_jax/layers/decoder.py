@@ -31,10 +31,13 @@ Streams = tuple[Float[Array, "_ T D"], ...]
 _INPUT = "block_input"
 
 
-def _keeping(*names: str, offloaded: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
-    """Recomputes all but the values of these names and the order of the experts' rows; those `offloaded` wait in the host's memory."""
+def _keeping(*names: str, offloaded: tuple[str, ...] = (), dots: bool = False) -> Callable[[Callable], Callable]:
+    """Recomputes all but the values of these names, products with weights if `dots`, and the order of the experts' rows; those `offloaded`
+    wait in the host's memory."""
     policies = jax.checkpoint_policies
-    if offloaded:
+    if dots:
+        policy = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(PLAN, *names))
+    elif offloaded:
         policy = policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[PLAN, *names],
             names_which_can_be_offloaded=list(offloaded),
@@ -52,7 +55,7 @@ REMAT: dict[str, Callable[[Callable], Callable]] = {
     "full": _keeping(),  # keeps the block's input
     "attention": _keeping(OUTPUT),
     "attention_operands": _keeping(OUTPUT, *OPERANDS),
-    "dots": lambda body: jax.checkpoint(body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable, prevent_cse=False),
+    "dots": _keeping(dots=True),
     "offload": _keeping(offloaded=(_INPUT,)),
     "offload_attention": _keeping(offloaded=(_INPUT, OUTPUT)),
 }

@@ -173,7 +173,7 @@ def _local_mlp(
         # are whole rows.
         wo = jnp.swapaxes(wo, 2, 3)
         wi = all_after(wi, *first)
-        # Not before the first of several streams has passed its router: XLA lets the transfer before end where this one begins.
+        # Not before the first of several streams has passed its router: where this begins the step waits for the transfer before.
         wo = all_after(wo, wi, *(routing.weights_BTGC for routing in routings[: len(streams) - 1]))
         wos, wis = (_gathered(together, w) for w in (wo, wi))
     else:

@@ -18,7 +18,8 @@ from pallas_kernels.chips import current_chip
 from pallas_kernels.permutation import invert, permute, permute_reference
 from pallas_kernels.routing_reference import CHUNK
 
-# Name for rematerialisation policies: where rows lie, 12 bytes of each. To make it again takes as long as to move the rows themselves.
+# Name for rematerialisation policies: where rows lie, 12 bytes of each. To make it again takes as long as to move the rows themselves. The
+# router's choices are made again: a tie that the second time is broken otherwise gives one token's gradient to the logit of its equal.
 PLAN = "plan"
 
 

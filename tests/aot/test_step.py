@@ -71,6 +71,7 @@ class Compiled:
     text: TextConfig
     report: StepReport
     collectives: list[Collective]
+    exchanges: int  # of the places and weights of tokens' rows
 
 
 def shortened(choices: Choices) -> int:
@@ -104,7 +105,9 @@ def compile_cut(recipe: str, layers: int) -> Compiled:
         report = StepReport.from_json((Path(workdir) / "step.json").read_text())
         program = (Path(workdir) / "step.hlo").read_text()
     mesh = aot.pod_mesh(topology, fsdp=FSDP, expert=EXPERT)
-    return Compiled(choices, text, report, [c for c in hlo.collectives(program, mesh) if c.bytes > FEW and "routing_" not in c.scope])
+    collectives = list(hlo.collectives(program, mesh))
+    exchanges = sum(c.times for c in collectives if "routing_all_to_all" in c.scope)
+    return Compiled(choices, text, report, [c for c in collectives if c.bytes > FEW and "routing_" not in c.scope], exchanges)
 
 
 def by_kind(collectives: list[Collective]) -> Counter[tuple[str, str]]:
@@ -193,6 +196,8 @@ def check_communication(compiled: Compiled) -> None:
     assert set(found) == set(expected)
     # Where wide arrays do not divide into a ring's parts, the compiler pads them.
     assert all(abs(found[key] - size) <= (0.02 * size if CHIPS else 0) for key, size in expected.items()), (found, expected)
+    # Of every part places and weights, and backward the weights' gradient alone: where rows lie is kept.
+    assert compiled.exchanges == 3 * compiled.text.num_hidden_layers * compiled.choices.moe_chunks
     # Small collectives need not be asynchronous, and on v5p those of experts are not all.
     moved = ("expert_weight_all_gather", "token_all_gather", "token_reduce_scatter")
     synchronous = [c for c in compiled.collectives if any(name in c.scope for name in moved) and not c.asynchronous]

@@ -1,4 +1,5 @@
-"""A float32 product of bfloat16 rows by parts is as exact as float32, and so are its gradients."""
+"""A float32 product of bfloat16 rows by parts is as exact as float32, and so is its matrix's gradient; that of the rows is rounded to
+bfloat16."""
 
 from functools import partial
 
