@@ -32,6 +32,7 @@ from pallas_kernels.attention_gradient import HIDDEN, LATER, PARTLY, WHOLLY
 from pallas_kernels.chips import CHIPS, MIB, Chip
 
 LANES = 128
+_TABLE = 1 << 18  # bytes of scalar memory, which has 1 MiB, that the table of what blocks see may take
 _UNROLLED = 6  # rows up to which there is no loop, whose body would have to copy what it reads, writes and keeps for the backward pass
 _MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 Interpret = bool | pltpu.InterpretParams
@@ -141,16 +142,18 @@ def _plan(length: int, runs: int, k_BSKH: jax.Array, tiling: Tiling, causal: boo
     def fit_both(blocks: tuple[int, int]) -> tuple[int, int]:
         return fit(queries, blocks[0]), fit(keys, blocks[1])
 
-    def in_vmem(bytes_of: Callable[..., int], most: tuple[int, int]) -> tuple[int, int] | None:
-        """Blocks that are within the memory, if need be of fewer queries."""
+    def within_memory(bytes_of: Callable[..., int], most: tuple[int, int]) -> tuple[int, int] | None:
+        """Blocks that are within the memory, if need be of fewer queries, and of all rows within that of scalars."""
         blocks = fit_both(most)
+        if 4 * rows * (length // blocks[0]) * (keys // blocks[1]) > _TABLE:
+            return None
         if bytes_of(keys, width, k_BSKH.dtype.itemsize, *blocks) <= tiling.vmem:
             return blocks
-        return in_vmem(bytes_of, (most[0] // 2, most[1])) if most[0] > LANES else None
+        return within_memory(bytes_of, (most[0] // 2, most[1])) if most[0] > LANES else None
 
-    queries, (_, keys, _, width) = length // runs, k_BSKH.shape
-    forward = in_vmem(functools.partial(attention_forward.vmem_bytes, row=length), tiling.short)
-    gradient = in_vmem(attention_gradient.vmem_bytes, tiling.gradient)
+    queries, (rows, keys, _, width) = length // runs, k_BSKH.shape
+    forward = within_memory(functools.partial(attention_forward.vmem_bytes, row=length), tiling.short)
+    gradient = within_memory(attention_gradient.vmem_bytes, tiling.gradient)
     short = _Blocks(forward, gradient) if forward and gradient else None
     (q, kv), (q_back, kv_back) = fit_both(tiling.forward[:2]), fit_both(tiling.backward[:2])
     long = BlockSizes(
