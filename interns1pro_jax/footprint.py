@@ -23,12 +23,12 @@ from interns1pro_jax.sharding import AXES, MeshConfig, make_mesh
 
 TASKS = ("train", "sft", "lora", "rl", "serve")
 
-# Share of the peak at which a device computes: that of v5p fits the compiled schedules of docs/pods_report.md, that of tpu7x one schedule;
-# those of v5e and v6e are assumed.
+# Share of the peak at which a device computes: those of v5p and tpu7x fit the compiled schedules of docs/pods_report.md; those of v5e and
+# v6e are assumed.
 COMPUTE_EFFICIENCY = {"v5e": 0.6, "v5p": 0.675, "v6e": 0.6, "tpu7x": 0.55}
 # Share of the time of the links in which nothing is computed, with tokens that go through the experts in one part, and in two together,
-# by the same schedules; that of tpu7x with tokens in one part is assumed. The network between slices was in none of them.
-EXPOSED = {chip: {1: 0.65, 2: 0.15 if chip == "tpu7x" else 0.25} for chip in COMPUTE_EFFICIENCY}
+# by the same schedules; those of v5e and v6e are taken for those of v5p. The network between slices was in none of them.
+EXPOSED = {chip: {1: 0.8, 2: 0.15} if chip == "tpu7x" else {1: 0.65, 2: 0.25} for chip in COMPUTE_EFFICIENCY}
 # Share of HBM that a plan fills at most; the rest is for the runtime and for what is not modelled.
 FULLEST = 0.92
 LORA_RANK = 16
