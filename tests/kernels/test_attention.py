@@ -12,6 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from interns1pro_jax.ops.attention import dot_product_attention_reference
 from pallas_kernels import attention
 from pallas_kernels.attention import HIDDEN, PARTLY, STAIRS, WHOLLY, Tiling
+from pallas_kernels.chips import CHIPS
 
 S, Q, K, H = 512, 4, 2, 128
 SEGMENTS = np.array([0] * 10 + [1] * 190 + [2] * 200 + [3] * 50 + [0] * 62, np.int32)
@@ -197,3 +198,14 @@ def test_no_block_of_queries_spans_two_runs(tiling, monkeypatch):
         blocks.clear()
         jax.eval_shape(jax.grad(functools.partial(loss, runs=runs), argnums=(0, 1, 2)), *operands(index)[:3])
         assert len(blocks) >= 2 and max(blocks) == 256 // runs
+
+
+def test_tables_that_scalar_memory_does_not_hold_are_splash_s():
+    """Rows of 127 x 128 tokens have no blocks but of 128: a table of 63 KiB for each."""
+
+    def plan(rows: int, tokens: int) -> attention._Plan:
+        keys = jax.ShapeDtypeStruct((rows, tokens, 1, 128), jnp.bfloat16)
+        return attention._plan(tokens, 1, keys, attention.tiling_of(CHIPS["v6e"]), True, None, False)
+
+    assert plan(4, 127 * 128).short and not plan(5, 127 * 128).short
+    assert plan(64, 4096).short
