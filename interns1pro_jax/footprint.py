@@ -17,18 +17,22 @@ import jax
 
 from interns1pro_jax.config import ConfigError, ModelConfig, TextConfig
 from interns1pro_jax.flops import Hardware, attention_flops, text_flops
+from interns1pro_jax.kernel_times import ATTENTION_TIME_OVER_BOUND
 from interns1pro_jax.layers.decoder import stream_rows
 from interns1pro_jax.models.interns1pro import InternS1Pro
 from interns1pro_jax.sharding import AXES, MeshConfig, make_mesh
 
 TASKS = ("train", "sft", "lora", "rl", "serve")
 
-# Share of the peak at which a device computes: those of v5p and tpu7x fit the compiled schedules of docs/pods_report.md; those of v5e and
-# v6e are assumed.
-COMPUTE_EFFICIENCY = {"v5e": 0.6, "v5p": 0.675, "v6e": 0.6, "tpu7x": 0.55}
+# Share of the peak at which a device computes all but attention: those of v5p and tpu7x fit the compiled schedules of docs/pods_report.md;
+# those of v5e and v6e are assumed.
+COMPUTE_EFFICIENCY = {"v5e": 0.7, "v5p": 0.79, "v6e": 0.67, "tpu7x": 0.67}
+# How often the experts of a layer are moved in HBM, in the times of XLA's estimates: by gathers, products and casts, however few the
+# tokens, and again for each further pair of parts, whose gradients are added up. By the same schedules.
+EXPERTS_MOVED, EXPERTS_MOVED_AGAIN = {"v5e": 7, "v5p": 7, "v6e": 7, "tpu7x": 12}, 21
 # Share of the time of the links in which nothing is computed, with tokens that go through the experts in one part, and in two together,
 # by the same schedules; those of v5e and v6e are taken for those of v5p. The network between slices was in none of them.
-EXPOSED = {chip: {1: 0.8, 2: 0.15} if chip == "tpu7x" else {1: 0.65, 2: 0.25} for chip in COMPUTE_EFFICIENCY}
+EXPOSED = {chip: {1: 0.75, 2: 0.15} if chip == "tpu7x" else {1: 0.6, 2: 0.28} for chip in COMPUTE_EFFICIENCY}
 # Share of HBM that a plan fills at most; the rest is for the runtime and for what is not modelled.
 FULLEST = 0.92
 LORA_RANK = 16
@@ -145,7 +149,7 @@ def footprint(
         memory = {"parameters": trained, "optimizer": 2 * moment_bytes * parameters, "gradients": trained}
     copied = parameters if task != "lora" and parameter_bytes > 2 else 0
     streams = len(stream_rows(rows, moe_chunks))
-    step = {"kept": kept_bytes(text, tokens, remat), "working": working_bytes(text, mesh, tokens, moe_chunks, copied, streams)}
+    step = {"kept": kept_bytes(text, tokens, remat), "working": working_bytes(text, mesh, tokens, remat, moe_chunks, copied, streams)}
     seconds, bound = train_seconds(text, hardware, mesh, length, tokens, remat=remat, moe_chunks=moe_chunks, frozen=task == "lora")
     if task == "rl":
         # Rollout and training take turns: the transients of the one are free while the other runs.
@@ -181,7 +185,9 @@ def kept_bytes(text: TextConfig, tokens: int, remat: str) -> int:
     return text.num_hidden_layers * tokens * (inputs + plan + more)
 
 
-def working_bytes(text: TextConfig, mesh: MeshConfig, tokens: int, moe_chunks: int = 1, copied: int = 0, streams: int = 1) -> int:
+def working_bytes(
+    text: TextConfig, mesh: MeshConfig, tokens: int, remat: str = "full", moe_chunks: int = 1, copied: int = 0, streams: int = 1
+) -> int:
     """Bytes of temporaries of a training step beyond gradients and what is kept of layers.
 
     They peak in the backward of a layer: its experts gathered, their gradients (of each of two parts that go together), rows of the
@@ -203,8 +209,10 @@ def working_bytes(text: TextConfig, mesh: MeshConfig, tokens: int, moe_chunks: i
     ):  # weights that are split over slices are gathered by way of further copies (compiled for four slices of v6e)
         layer += 5 * gathered
     head = 16 * d * text.vocab_size
-    again = kept_bytes(text, tokens, "full") // streams  # XLA allots the stacked inputs of the layers twice, of two streams those of one
-    return max(layer + again, head) + 2 * 2 * copied + _REST
+    # What XLA lays out has gaps: in compiled steps as large as the inputs of all layers, of two streams as those of one, and a little less
+    # where these inputs wait in the host's memory.
+    gaps = int(kept_bytes(text, tokens, "full") / streams * (0.9 if remat.startswith("offload") else 1.0))
+    return max(layer + gaps, head) + 2 * 2 * copied + _REST
 
 
 def train_seconds(
@@ -219,17 +227,19 @@ def train_seconds(
     frozen: bool = False,
 ) -> tuple[float, str]:
     """Seconds of a training step and what takes most of them. `frozen` weights have no gradients."""
-    forward, attention = tokens * text_flops(text, length), tokens * attention_flops(text, length)
-    # The gradients of attention compute the scores again, those of long rows twice (`pallas_kernels.attention`).
-    again = forward - (attention if "attention" in remat else 0) + attention * (0.5 if length <= 16384 else 1.5)
-    compute = ((2 if frozen else 3) * forward + again) / (hardware.peak * COMPUTE_EFFICIENCY[hardware.name])
     d, f = text.hidden_size, text.moe_intermediate_size
     together = 2 - moe_chunks % 2
     passes = 2 if frozen else 2 + together  # the gradients of two parts that go together are scattered apart
     experts, projections = text.num_experts // mesh.expert * 3 * d * f, 2 * d * (text.num_attention_heads + text.num_key_value_heads)
-    if not frozen:
-        # From pair to pair of parts the gradients of all experts are added up: XLA estimates 14 times what reading them once takes.
-        compute += (moe_chunks // together - 1) * text.num_moe_layers * 14 * 2 * experts / hardware.bandwidth
+    attention = tokens * attention_flops(text, length)
+    products = (3 if frozen else 4) * (tokens * text_flops(text, length) - attention) / COMPUTE_EFFICIENCY[hardware.name]
+    # The gradients of attention compute the scores again, those of splash, for rows that vector memory does not hold, twice.
+    kernels, again = (("attention_forward", "attention_gradient"), 0.5) if length <= 16384 else (("splash_mha_fwd", "splash_mha_d"), 1.5)
+    over, over_gradient = (ATTENTION_TIME_OVER_BOUND[kernel][hardware.name] for kernel in kernels)
+    attention *= (1 if "attention" in remat else 2) * over + (2 + again) * over_gradient
+    compute = (products + attention) / hardware.peak
+    moved = EXPERTS_MOVED[hardware.name] + (0 if frozen else (moe_chunks // together - 1) * EXPERTS_MOVED_AGAIN)
+    compute += text.num_moe_layers * moved * 2 * experts / hardware.bandwidth
     weights = passes * experts + (2 if frozen else 3) * projections * text.head_dim
     gathered = 2 * text.num_moe_layers * weights * (mesh.fsdp - 1) / mesh.fsdp
     chips = max(mesh.expert // hardware.devices_per_chip, 1)  # devices of one chip are of one expert group, and share its links

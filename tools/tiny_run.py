@@ -22,7 +22,8 @@ DEVICES = 4
 _COUNT = int(sys.argv[sys.argv.index("--process") + 2]) if "--process" in sys.argv else 1
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Nearly all of its time would go into compiling.
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES // _COUNT} --xla_backend_optimization_level=0"
+_FLAGS = f"--xla_force_host_platform_device_count={DEVICES // _COUNT} --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}"
 
 import jax
 import numpy as np

@@ -37,7 +37,7 @@ def gradients(**mesh_sizes: int) -> list[np.ndarray]:
 if __name__ == "__main__":
     file, port, processes, index = sys.argv[1], *map(int, sys.argv[2:])
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={8 // processes} --xla_backend_optimization_level=0"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={8 // processes}"
     jax.distributed.initialize(f"localhost:{port}", processes, index)
     results = gradients(fsdp=2, context=2, expert=2)
     if index == 0:

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from interns1pro_jax.flops import HARDWARE
+from interns1pro_jax.kernel_times import ATTENTION_TIME_OVER_BOUND, KERNEL_TIME_OVER_BOUND, ROTARY_TIME_OVER_BOUND
 from interns1pro_jax.train import aot, hlo, hlo_cost
-from interns1pro_jax.train.timeline import ATTENTION_TIME_OVER_BOUND, KERNEL_TIME_OVER_BOUND, ROTARY_TIME_OVER_BOUND, Links, Player
+from interns1pro_jax.train.timeline import Links, Player
 
 # A loop of 7 whose body multiplies [8, 16] by [16, 32], with a gather over groups of two that goes on meanwhile, and one that does not.
 TEXT = """HloModule step, is_scheduled=true
