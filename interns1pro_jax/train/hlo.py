@@ -132,6 +132,7 @@ def collectives_of(program: Program, mesh: Mesh) -> Iterator[tuple[str, Collecti
     """
     times = executions(program)
     started = {called for c in program.values() for i in c.values() if starts(i, program) for _, called in i.called}
+    started |= {called for name in started for i in program[name].values() if i.opcode == "call" for _, called in i.called}
     for name, instructions in program.items():
         if continues(name, instructions):
             continue

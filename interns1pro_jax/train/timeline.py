@@ -5,8 +5,9 @@ Instructions run in the order of the program. One of XLA's own takes the cycles 
 bandwidth of HBM, whichever is longer, times what the kernel report finds above that bound; a collective takes its bytes over the links
 between the devices of its group. A collective that was started goes on while others run, one after the other on the links of its axes
 (the SparseCores take them in order), and the step waits only where it ends. One that is not started ahead shares the links equally with
-what is under way, as their packets do. What the SparseCores compute (gathers of rows) goes on likewise and takes its bytes in HBM. All of
-it is modelled, nothing measured: latencies and contention between axes are left out, links are taken at their published speed.
+what is under way, as their packets do. What the SparseCores compute (gathers of rows) goes on likewise and takes its bytes in HBM, and
+what goes to the host's memory or comes from it takes its bytes on their bus. All of it is modelled, nothing measured: latencies and
+contention between axes are left out, links are taken at their published speed.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from pallas_kernels.chips import CHIPS
 _PERMUTATION_CYCLES = 4.3
 
 _SPARSE_CORE = 'async_execution_thread="sparsecore"'
+_HOST = "S(5)"  # the host's memory, in types
 _UNKNOWN = 2**62  # estimates above this stand for "not known"
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 
@@ -150,6 +152,8 @@ class Player:
             if hlo.starts(instruction, self._program):
                 if found:
                     send(instruction.name, found, ahead=True)
+                elif size := self._of_host(instruction, instructions):
+                    links.send(instruction.name, ("host",), size / self._hardware.host_link, ahead=True)
                 elif _SPARSE_CORE in instruction.attributes:
                     seconds = self._on_sparse_core(instruction, instructions)
                     links.send(instruction.name, (_SPARSE_CORE,), seconds, ahead=True)
@@ -186,6 +190,14 @@ class Player:
         """What is computed there (rows gathered, arrays laid out anew) is read and written once; the end has its type."""
         ends = (i for i in siblings.values() if start.name in i.operands)
         return sum(2 * in_hbm(end.type) for end in ends) / self._hardware.bandwidth
+
+    def _of_host(self, start: Instruction, siblings: Computation) -> int:
+        """Bytes that go to the host's memory or come from it."""
+        if _HOST not in start.type:
+            return 0
+        if start.opcode == "dynamic-update-slice-start":
+            return hlo.bytes_of(siblings[start.operands[1]].type)
+        return next(hlo.bytes_of(end.type) for end in siblings.values() if start.name in end.operands)
 
     def _own(self, instruction: Instruction, computation: str) -> list[Collective]:
         """Collectives that an instruction is, or has inside."""

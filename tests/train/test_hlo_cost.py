@@ -126,6 +126,25 @@ class TestTimes:
         collective = hlo.Collective("", "all-gather", "", 2**30, ("expert",), 1, True)
         assert np.isclose(player.transfer(collective), 2**30 * 3 / 4 / (2 * HARDWARE["tpu7x"].link))
 
+    @pytest.mark.parametrize("cycles", [1, 10**6])
+    def test_what_goes_to_the_host_or_comes_from_it_takes_the_bus(self, cycles):
+        """Both ways a part of 2 MiB, one behind the other; both are waited for where they end."""
+        stack, part = "bf16[8,1024,1024]{2,1,0:S(5)}", "bf16[1,1024,1024]{2,1,0}"
+        text = f"""ENTRY %main (a: f32[]) -> f32[] {{
+  %stack = {stack} parameter(0)
+  %part = {part} parameter(1)
+  %i = s32[] parameter(2)
+  %put = (({stack}, {part}, s32[]), {stack}, u32[]) dynamic-update-slice-start(%stack, %part, %i, %i, %i)
+  %get = (({stack}, s32[]), {part}, u32[]) dynamic-slice-start(%stack, %i, %i, %i), dynamic_slice_sizes={{1,1024,1024}}
+  %meanwhile = s32[] negate(%i), backend_config={{"estimated_cycles":"{cycles}"}}
+  %put_end = {stack} dynamic-update-slice-done(%put)
+  ROOT %get_end = {part} dynamic-slice-done(%get)
+}}"""
+        times = Player(text, aot.pod_mesh("v5p:2x2x1", fsdp=4), HARDWARE["v5p"]).times()
+        transfers = 2 * 2**21 / HARDWARE["v5p"].host_link
+        assert np.isclose(times.links[("host",)], transfers)
+        assert np.isclose(times.waiting, max(0, transfers - cycles / CLOCK))
+
 
 def test_links_take_what_was_sent_ahead_in_order_and_share_with_what_is_waited_for():
     links = Links()
