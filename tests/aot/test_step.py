@@ -176,9 +176,10 @@ def layer_of(recipe: str) -> Choices:
 
 
 LAYERS = {layer_of(recipe): recipe for recipe in reversed(PODS)}  # the first recipe of each
+DEEPER = LAYERS[layer_of("text_cpt_v5p_512")]
 
 
-@pytest.mark.parametrize("recipe", sorted(LAYERS.values()))
+@pytest.mark.parametrize("recipe", sorted(set(LAYERS.values()) - {DEEPER}))
 def test_communication_work_and_memory_of_two_layers(recipe):
     check(compile_to_schedule(recipe, layers=2))
 
@@ -187,13 +188,13 @@ def test_two_layers_more_need_twice_what_a_layer_needs():
     """So that a few layers tell what ninety-four do: communication, work of kernels and state are exactly what the formulas say, and these
     are linear; memory grows by parameters, moments and gradients, by two copies of the parameters in bfloat16, by what is kept of a layer
     and the gap beside it."""
-    two, four = (compile_to_schedule("pretrain_v5p_256", layers) for layers in (2, 4))
+    two, four = (compile_to_schedule(DEEPER, layers) for layers in (2, 4))
+    check(two)
     check(four)
     before, after = (state_bytes(found) for found in (two, four))
     grown = {name: after[name] - before[name] for name in after}
     copies = grown["parameters"] // jnp.dtype(two.choices.param_dtype).itemsize * 2 * 2
     kept = [kept_bytes(found.text, found.length * rows(found.choices), found.choices.remat) for found in (two, four)]
-    print(four.hbm - two.hbm, sum(grown.values()), copies, 2 * (kept[1] - kept[0]))
     assert four.hbm - two.hbm == pytest.approx(sum(grown.values()) + copies + 2 * (kept[1] - kept[0]), rel=0.1)  # gaps between them
 
 
