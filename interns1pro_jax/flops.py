@@ -31,7 +31,7 @@ class Hardware:
       link: bytes per second of one link between neighbouring chips, in each direction.
       wraps_from: length from which a dimension of the torus is closed to a ring.
       slice_link: bytes per second of a device's share of the data-centre network between slices.
-      host_link: bytes per second of a device's share of the bus between its chip and the host's memory.
+      host_link: bytes per second of a device's share of the bus between its chip and the host's memory, each way.
     """
 
     name: str
@@ -47,12 +47,14 @@ class Hardware:
 
 def _tpu(name: str, hbm: float, devices_per_chip: int, wraps_from: int) -> Hardware:
     """TPUs' links carry 90 GB/s each way (v5e: 45), a chip's share of the network between slices is 6.25 GB/s and its bus to the host
-    carries 16 GB/s (jax-ml.github.io/scaling-book, "TPUs"; for tpu7x Google's page gives 1,200 GB/s both ways for six links, 11 % more;
-    its bus is taken for that of the others)."""
+    carries 16 GB/s each way (v6e: 32; jax-ml.github.io/scaling-book, "TPUs"). For tpu7x Google's page gives 1,200 GB/s both ways for six
+    links, 11 % more; the book's 16 GB/s are v4's, taken for v5e, v5p and tpu7x as well."""
     chip = CHIPS[name]
     link = 45e9 if name == "v5e" else 90e9
-    shares = (6.25e9 / devices_per_chip, 16e9 / devices_per_chip)
-    return Hardware(name, chip.peak, int(hbm * GIB), chip.hbm, devices_per_chip, link, wraps_from, *shares)
+    return Hardware(
+        name, chip.peak, int(hbm * GIB), chip.hbm, devices_per_chip, link, wraps_from,
+        slice_link=6.25e9 / devices_per_chip, host_link=(32e9 if name == "v6e" else 16e9) / devices_per_chip,
+    )  # fmt: skip
 
 
 HARDWARE = {

@@ -21,6 +21,8 @@ from interns1pro_jax.kernel_times import ATTENTION_TIME_OVER_BOUND
 from interns1pro_jax.layers.decoder import stream_rows
 from interns1pro_jax.models.interns1pro import InternS1Pro
 from interns1pro_jax.sharding import AXES, MeshConfig, make_mesh
+from pallas_kernels.attention import is_short
+from pallas_kernels.chips import CHIPS
 
 TASKS = ("train", "sft", "lora", "rl", "serve")
 
@@ -33,6 +35,13 @@ EXPERTS_MOVED, EXPERTS_MOVED_AGAIN = {"v5e": 7, "v5p": 7, "v6e": 7, "tpu7x": 12}
 # Share of the time of the links in which nothing is computed, with tokens that go through the experts in one part, and in two together,
 # by the same schedules; those of v5e and v6e are taken for those of v5p. The network between slices was in none of them.
 EXPOSED = {chip: {1: 0.6, 2: 0.14 if chip == "tpu7x" else 0.28} for chip in COMPUTE_EFFICIENCY}
+# Gaps in what XLA lays out, in sizes of the inputs of all layers (of two streams of those of one), by the same programs, and with these
+# inputs in the host's memory. Those of v5e and v6e are taken for those of v5p.
+GAPS_OF_OFFLOAD, GAPS = 0.55, {chip: 0.75 if chip == "tpu7x" else 1.0 for chip in COMPUTE_EFFICIENCY}
+# What a plan tries of a step: `StepConfig.remat` and `.moe_chunks` of the recipes, the last for rows that fill a device.
+STEPS = (("full", 1), ("full", 2), ("attention", 2), ("offload", 16))
+LONG = 16384  # tokens of such a row at least
+ROWS = (1, 2, 3, 4, 6, 8, 12, 16)  # per group of devices that share rows
 # Share of HBM that a plan fills at most; the rest is for the runtime and for what is not modelled.
 FULLEST = 0.92
 LORA_RANK = 16
@@ -70,6 +79,13 @@ def weights_of(model: ModelConfig) -> tuple[Weight, ...]:
     return tuple(Weight(jax.tree_util.keystr(path), tuple(x.shape), axes(x)) for path, x in leaves)
 
 
+@functools.cache
+def parameters_of_device(model: ModelConfig, mesh: MeshConfig) -> int | None:
+    """Parameters that one device of a mesh holds; None where they do not divide."""
+    held = [weight.per_device(mesh.sizes) for weight in weights_of(model)]
+    return None if None in held else sum(count for count in held if count is not None)
+
+
 @dataclasses.dataclass(frozen=True)
 class Footprint:
     """A task on one device of a mesh.
@@ -81,6 +97,7 @@ class Footprint:
       seconds: of a training step, or of one decoded token of all sequences (a lower bound: links are not counted).
       rate: tokens per second and chip.
       bound: what takes the seconds.
+      remat, moe_chunks: of the step; none of what is served.
     """
 
     task: str
@@ -91,6 +108,8 @@ class Footprint:
     seconds: float
     rate: float
     bound: str
+    remat: str | None = None
+    moe_chunks: int | None = None
 
     @property
     def total(self) -> int:
@@ -130,10 +149,9 @@ def footprint(
     if task not in TASKS:
         raise ConfigError(f"task {task!r} is unknown; use one of {', '.join(TASKS)}.")
     text, sizes = model.text, mesh.sizes
-    held = [weight.per_device(sizes) for weight in weights_of(model)]
-    if None in held or length % mesh.context or text.router_n_groups % mesh.expert:
+    parameters = parameters_of_device(model, mesh)
+    if parameters is None or length % mesh.context or text.router_n_groups % mesh.expert:
         return None
-    parameters = sum(count for count in held if count is not None)
     tokens = rows * length // mesh.context
     cache = cache_bytes(text) * rows * length
     serving = {"weights": weight_bytes * parameters, "key/value cache": cache}
@@ -149,7 +167,10 @@ def footprint(
         memory = {"parameters": trained, "optimizer": 2 * moment_bytes * parameters, "gradients": trained}
     copied = parameters if task != "lora" and parameter_bytes > 2 else 0
     streams = len(stream_rows(rows, moe_chunks))
-    step = {"kept": kept_bytes(text, tokens, remat), "working": working_bytes(text, mesh, tokens, remat, moe_chunks, copied, streams)}
+    # Splash takes row by row, and there are 16 arrays of a row's queries: these and keys by heads and by tokens, sums, gradients.
+    splash = 0 if _is_short(text, hardware, length) else 32 * length // mesh.context * text.num_attention_heads * text.head_dim
+    gaps = int(kept_bytes(text, tokens, "full") / streams * (GAPS_OF_OFFLOAD if remat.startswith("offload") else GAPS[hardware.name]))
+    step = {"kept": kept_bytes(text, tokens, remat), "working": working_bytes(text, mesh, tokens, moe_chunks, copied, gaps + splash)}
     seconds, bound = train_seconds(text, hardware, mesh, length, tokens, remat=remat, moe_chunks=moe_chunks, frozen=task == "lora")
     if task == "rl":
         # Rollout and training take turns: the transients of the one are free while the other runs.
@@ -160,7 +181,7 @@ def footprint(
         more = sum(rollout.values()) - sum(step.values()) - memory["gradients"]
         step["more while rolling out"] = max(0, more)
     rate = tokens / seconds * hardware.devices_per_chip
-    return Footprint(task, mesh, tokens, memory | step, hardware.hbm, seconds, rate, bound)
+    return Footprint(task, mesh, tokens, memory | step, hardware.hbm, seconds, rate, bound, remat, moe_chunks)
 
 
 def cache_bytes(text: TextConfig) -> int:
@@ -185,9 +206,7 @@ def kept_bytes(text: TextConfig, tokens: int, remat: str) -> int:
     return text.num_hidden_layers * tokens * (inputs + plan + more)
 
 
-def working_bytes(
-    text: TextConfig, mesh: MeshConfig, tokens: int, remat: str = "full", moe_chunks: int = 1, copied: int = 0, streams: int = 1
-) -> int:
+def working_bytes(text: TextConfig, mesh: MeshConfig, tokens: int, moe_chunks: int = 1, copied: int = 0, gaps: int = 0) -> int:
     """Bytes of temporaries of a training step beyond gradients and what is kept of layers.
 
     They peak in the backward of a layer: its experts gathered, their gradients (of each of two parts that go together), rows of the
@@ -196,7 +215,7 @@ def working_bytes(
 
     Args:
       copied: a device's parameters in float32, of which XLA holds two copies in bfloat16, for the forward and the backward pass.
-      streams: how many `layers.decoder.stream_rows` makes.
+      gaps: bytes between what lives at that time, and of splash's arrays.
     """
     d, f = text.hidden_size, text.moe_intermediate_size
     gathered = 2 * text.num_experts // mesh.expert * 3 * d * f
@@ -209,9 +228,6 @@ def working_bytes(
     ):  # weights that are split over slices are gathered by way of further copies (compiled for four slices of v6e)
         layer += 5 * gathered
     head = 16 * d * text.vocab_size
-    # What XLA lays out has gaps: in compiled steps as large as the inputs of all layers, of two streams as those of one, and a little less
-    # where these inputs wait in the host's memory.
-    gaps = int(kept_bytes(text, tokens, "full") / streams * (0.9 if remat.startswith("offload") else 1.0))
     return max(layer + gaps, head) + 2 * 2 * copied + _REST
 
 
@@ -231,10 +247,11 @@ def train_seconds(
     together = 2 - moe_chunks % 2
     passes = 2 if frozen else 2 + together  # the gradients of two parts that go together are scattered apart
     experts, projections = text.num_experts // mesh.expert * 3 * d * f, 2 * d * (text.num_attention_heads + text.num_key_value_heads)
-    attention = tokens * attention_flops(text, length)
+    attention = float(tokens * attention_flops(text, length))
     products = (3 if frozen else 4) * (tokens * text_flops(text, length) - attention) / COMPUTE_EFFICIENCY[hardware.name]
     # The gradients of attention compute the scores again, those of splash, for rows that vector memory does not hold, twice.
-    kernels, again = (("attention_forward", "attention_gradient"), 0.5) if length <= 16384 else (("splash_mha_fwd", "splash_mha_d"), 1.5)
+    short = _is_short(text, hardware, length)
+    kernels, again = (("attention_forward", "attention_gradient"), 0.5) if short else (("splash_mha_fwd", "splash_mha_d"), 1.5)
     over, over_gradient = (ATTENTION_TIME_OVER_BOUND[kernel][hardware.name] for kernel in kernels)
     attention *= (1 if "attention" in remat else 2) * over + (2 + again) * over_gradient
     compute = (products + attention) / hardware.peak
@@ -255,6 +272,11 @@ def train_seconds(
     transfers, exposed = sum(links.values()), EXPOSED[hardware.name]
     waiting = max(exposed[together] * transfers, exposed[2] * transfers + transfers - compute)
     return compute + waiting, max(times, key=lambda name: times[name])
+
+
+@functools.cache
+def _is_short(text: TextConfig, hardware: Hardware, length: int) -> bool:
+    return is_short(length, text.head_dim, "bfloat16", CHIPS[hardware.name])
 
 
 def sum_parameters(text: TextConfig) -> int:
@@ -303,16 +325,25 @@ def meshes(hardware: Hardware, chips: int, length: int) -> list[MeshConfig]:
     return found
 
 
-def best_rows(task: str, model: ModelConfig, hardware: Hardware, mesh: MeshConfig, length: int, **options: Any) -> Footprint | None:
-    """The footprint with as many rows as fit, in powers of two up to 64k tokens of a device; with one row if none fits."""
-    first = best = footprint(task, model, hardware, mesh, length, 1, **options)
-    rows = 2
-    while best is not None and best.fits and rows * length // mesh.context <= (65536 if task != "serve" else 2**24):
-        more = footprint(task, model, hardware, mesh, length, rows, **options)
-        if more is None or not more.fits:
-            break
-        best, rows = more, 2 * rows
-    return best or first
+def best_step(task: str, model: ModelConfig, hardware: Hardware, mesh: MeshConfig, length: int, **options: Any) -> Footprint | None:
+    """The fastest footprint that fits, of all steps in `STEPS` and up to 64k tokens of a device, or of as many sequences as fit; the
+    smallest where none fits, None where the mesh holds none."""
+    if task == "serve":
+        rows = [2**power for power in range(24) if power == 0 or 2**power * length <= 2**24]
+        tried = (footprint(task, model, hardware, mesh, length, count, **options) for count in rows)
+    else:
+        rows = [count for count in ROWS if count == 1 or count * length // mesh.context <= 2**16]
+        steps = [step for step in STEPS if step[0] != "offload" or length >= LONG]
+        tried = (
+            footprint(task, model, hardware, mesh, length, count, remat=remat, moe_chunks=chunks, **options)
+            for remat, chunks in steps
+            for count in rows
+        )
+    found = [each for each in tried if each is not None]
+    fitting = [each for each in found if each.fits]
+    if fitting:
+        return max(fitting, key=lambda each: each.rate)
+    return min(found, key=lambda each: each.total, default=None)
 
 
 assert set(AXES) == {"data", "fsdp", "context", "expert"}  # `meshes` tries all of them

@@ -71,6 +71,12 @@ def tiling_of(chip: Chip) -> Tiling:
     return _TILINGS[chip.name]
 
 
+def is_short(length: int, width: int, dtype: str, chip: Chip) -> bool:
+    """Whether a row of so many tokens, with heads of this width, has our kernels on this chip; longer ones have splash's."""
+    keys = jax.ShapeDtypeStruct((1, length, 1, width), jnp.dtype(dtype))
+    return _plan(length, 1, keys, tiling_of(chip), causal=True, name=None, interpret=False).short is not None
+
+
 def attention(
     q_BTQH: jax.Array,
     k_BSKH: jax.Array,
@@ -132,7 +138,9 @@ class _Plan:
     interpret: Interpret
 
 
-def _plan(length: int, runs: int, k_BSKH: jax.Array, tiling: Tiling, causal: bool, name: str | None, interpret: Interpret) -> _Plan:
+def _plan(
+    length: int, runs: int, k_BSKH: jax.Array | jax.ShapeDtypeStruct, tiling: Tiling, causal: bool, name: str | None, interpret: Interpret
+) -> _Plan:
     """The tiling, with blocks no larger than the tiling's that divide the lengths. Our forward kernel is used only where that of the
     gradients fits as well: one decision for both."""
 

@@ -8,7 +8,7 @@ import pytest
 
 from interns1pro_jax.config import ConfigError, ModelConfig
 from interns1pro_jax.flops import HARDWARE, active_parameters, hardware_of, text_flops
-from interns1pro_jax.footprint import FULLEST, TASKS, best_rows, footprint, meshes, topology_of, weights_of
+from interns1pro_jax.footprint import FULLEST, ROWS, TASKS, best_step, footprint, meshes, topology_of, weights_of
 from interns1pro_jax.sharding import MeshConfig
 from interns1pro_jax.train.step_report import StepReport
 from tools import plan
@@ -89,11 +89,22 @@ def test_meshes_that_do_not_divide_are_left_out():
         footprint("walk", TEXT, HARDWARE["v5p"], MeshConfig(), 4096)
 
 
-def test_as_many_rows_as_fit_are_taken():
-    best = best_rows("train", TEXT, HARDWARE["v5p"], MeshConfig(fsdp=64, expert=8), 4096)
-    rows = best.tokens // 4096
-    assert best.fits and best == footprint("train", TEXT, HARDWARE["v5p"], best.mesh, 4096, rows)
-    assert not (more := footprint("train", TEXT, HARDWARE["v5p"], best.mesh, 4096, 2 * rows)).fits or more.tokens > 65536
+def test_the_fastest_step_that_fits_is_taken():
+    hardware, mesh = HARDWARE["v5p"], MeshConfig(fsdp=64, expert=8)
+    best = best_step("train", TEXT, hardware, mesh, 4096)
+    steps = dict(remat=best.remat, moe_chunks=best.moe_chunks)
+    assert best.fits and best == footprint("train", TEXT, hardware, mesh, 4096, best.tokens // 4096, **steps)
+    tried = [
+        footprint("train", TEXT, hardware, mesh, 4096, rows, remat=remat, moe_chunks=2) for remat in ("full", "attention") for rows in ROWS
+    ]
+    assert all(not each.fits or each.tokens > 65536 or each.rate <= best.rate for each in tried)
+
+
+@pytest.mark.parametrize(("task", "chip", "chips"), [("train", "tpu7x", 256), ("sft", "v5p", 512)])
+def test_rows_of_32k_fit_where_recipes_train_them(task, chip, chips):
+    """`long_tpu7x_256` and `sft_v5p_512`."""
+    best, *_ = plan.on_chips(task, MODEL, chip, chips, 32768, {"moment_bytes": 2, "weight_bytes": 2})
+    assert best.fits
 
 
 def test_plan_answers_in_a_table(capsys):

@@ -1,4 +1,4 @@
-"""What do I need? Memory and time of a task on so many chips, or the smallest slice for a task; by arithmetic, in a second.
+"""What do I need? Memory and time of a task on so many chips, or the smallest slice for a task; by arithmetic, in seconds.
 
     python -m tools.plan --chips 512 --type v5p --seq 4096        every task on these chips
     python -m tools.plan --task sft --seq 32768                   the smallest slice of every type that the task fits
@@ -23,7 +23,7 @@ from rich.table import Table
 from experiments import bindings, launch
 from interns1pro_jax.config import ConfigError, ModelConfig
 from interns1pro_jax.flops import GIB, HARDWARE, hardware_of, text_flops
-from interns1pro_jax.footprint import FULLEST, TASKS, Footprint, best_rows, footprint, meshes
+from interns1pro_jax.footprint import FULLEST, TASKS, Footprint, best_step, footprint, meshes
 
 LARGEST = 4096  # chips that the search for the smallest slice goes up to
 
@@ -45,11 +45,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         Console(width=150).print(recipes())
         return
     try:
-        console = Console(width=max(Console().width, 150))
+        console = Console(width=max(Console().width, 170))
         model = ModelConfig.from_hf(arguments.config) if arguments.config else ModelConfig()
         options = {"moment_bytes": 2 if arguments.bf16_moments else 4, "weight_bytes": 1 if arguments.fp8_weights else 2}
         console.print(plan(model, arguments.type, arguments.chips, arguments.seq, arguments.task, options, arguments.all))
-        console.print("Modelled, not measured. `serve` and the rollout of `rl` are lower bounds: weights and cache read once per token.")
+        console.print(
+            "Modelled, not measured. GiB are of one device; a chip of tpu7x is two. remat and parts are `StepConfig.remat` and "
+            "`.moe_chunks`: the fastest that fit of those that recipes use. train and sft have the same state. `serve` and the rollout of "
+            "`rl` are lower bounds: weights and cache read once per token."
+        )
     except ConfigError as error:
         sys.exit(f"error: {error}")
 
@@ -59,15 +63,15 @@ def plan(
 ) -> Table:
     """The table that answers: for each task and type of chip the best mesh, or every mesh; the smallest slice where `chips` is None."""
     table = Table(title=f"{'smallest slice' if chips is None else f'{chips} chips'} for rows of {length:,} tokens")
-    words = ("task", "chips", "mesh", "bound by")
-    numbers = ("tokens/device", "state GiB", "step GiB", "total", "fits", "seconds", "tokens/s/chip", "MFU")
-    for name in (*words[:3], *numbers, words[3]):
-        table.add_column(name, justify="left" if name in words else "right")
+    words = ("task", "chips", "mesh of devices", "remat", "bound by")
+    numbers = ("parts", "tokens/device", "state GiB", "step GiB", "total", "fits", "seconds", "tokens/s/chip", "MFU")
+    for name in (*words[:4], *numbers, words[4]):
+        table.add_column(name, justify="left" if name in words else "right", no_wrap=name in numbers)
     for each in (task,) if task else TASKS:
         for name in (chip,) if chip else HARDWARE:
             found = on_chips(each, model, name, chips, length, options) if chips else smallest(each, model, name, length, options)
             if not found:
-                table.add_row(each, name, f"nothing up to {chips or LARGEST} chips can hold it")
+                table.add_row(each, name, f"{'these' if chips else f'up to {LARGEST}'} chips cannot hold it")
             for each_found in found if every else found[:1]:
                 table.add_row(*row(model, each_found, name, length))
     return table
@@ -110,7 +114,7 @@ def recipes() -> Table:
 def on_chips(task: str, model: ModelConfig, chip: str, chips: int, length: int, options: dict[str, int]) -> list[Footprint]:
     """The footprints of all sensible meshes of so many chips: those that fit first, the fastest of them first, else the smallest."""
     hardware = HARDWARE[chip]
-    tried = (best_rows(task, model, hardware, mesh, length, **options) for mesh in meshes(hardware, chips, length))
+    tried = (best_step(task, model, hardware, mesh, length, **options) for mesh in meshes(hardware, chips, length))
     found = [each for each in tried if each is not None]
     return sorted(found, key=lambda each: (not each.fits, -each.rate if each.fits else each.total))
 
@@ -136,6 +140,8 @@ def row(model: ModelConfig, found: Footprint, chip: str, length: int) -> list[st
         found.task,
         f"{mesh.size // hardware.devices_per_chip} {chip}",
         shown,
+        found.remat or "",
+        str(found.moe_chunks or ""),
         f"{found.tokens:,}",
         f"{state / GIB:.1f}",
         f"{(found.total - state) / GIB:.1f}",

@@ -131,8 +131,7 @@ def collectives_of(program: Program, mesh: Mesh) -> Iterator[tuple[str, Collecti
     where it starts.
     """
     times = executions(program)
-    started = {called for c in program.values() for i in c.values() if starts(i, program) for _, called in i.called}
-    started |= {called for name in started for i in program[name].values() if i.opcode == "call" for _, called in i.called}
+    started = {called for c in program.values() for i in c.values() if starts(i, program) for called in reached(i, program)}
     for name, instructions in program.items():
         if continues(name, instructions):
             continue
@@ -141,6 +140,14 @@ def collectives_of(program: Program, mesh: Mesh) -> Iterator[tuple[str, Collecti
             if kind in _KINDS:
                 asynchronous = name in started or instruction.opcode.endswith("-start")
                 yield name, _collective(kind, instruction, instructions, program, mesh, times[name], asynchronous)
+
+
+def reached(instruction: Instruction, program: Program) -> set[str]:
+    """The computations that an instruction calls, and those that they call in turn."""
+    found = {called for _, called in instruction.called}
+    for name in tuple(found):
+        found |= {inner for i in program[name].values() if i.opcode == "call" for inner in reached(i, program)}
+    return found
 
 
 def starts(instruction: Instruction, program: Program) -> bool:

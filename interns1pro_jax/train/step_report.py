@@ -22,7 +22,7 @@ from interns1pro_jax.train.aot import Program
 from interns1pro_jax.train.hlo import Collective
 from interns1pro_jax.train.state import TrainState
 from interns1pro_jax.train.step import StepConfig
-from interns1pro_jax.train.timeline import Player, Times
+from interns1pro_jax.train.timeline import FROM_HOST, TO_HOST, Player, Times
 
 SMALL = 2**20  # collectives of fewer bytes are counted together
 
@@ -138,7 +138,7 @@ class StepReport:
             return None
         spent = {
             "computing": self.times.compute,
-            "waiting for collectives": self.times.waiting,
+            "waiting for transfers": self.times.waiting,
             "HBM": max(0.0, self.traffic / self.bandwidth - self.times.step),
         }
         return max(spent, key=lambda name: spent[name])
@@ -277,6 +277,11 @@ def origin(collective: Collective) -> str:
     return f"{'/'.join(named[-2:]) or last}, {direction}"
 
 
+def wires(axes: tuple[str, ...]) -> str:
+    """The name of what `Times.links` counts."""
+    return axes[0] if axes in (TO_HOST, FROM_HOST) else f"links of {' + '.join(axes)}"
+
+
 def _versions() -> dict[str, str]:
     packages = ("jax", "libtpu") if aot.can_compile() else ("jax",)
     return {package: importlib.metadata.version(package) for package in packages}
@@ -322,10 +327,10 @@ def markdown(report: StepReport) -> str:
             "|---|---:|",
             f"| products and element-wise work of XLA | {1e3 * t.xla:.0f} |",
             f"| Pallas kernels | {1e3 * t.kernels:.0f} |",
-            f"| waiting for collectives | {1e3 * t.waiting:.0f} |",
+            f"| waiting for transfers | {1e3 * t.waiting:.0f} |",
             f"| HBM, if it did nothing but move the bytes | {1e3 * report.traffic / report.bandwidth:.0f} |",
         ]
-        lines += [f"| links of {' + '.join(axes)} busy | {1e3 * seconds:.0f} |" for axes, seconds in t.links.items()]
+        lines += [f"| {wires(axes)} busy | {1e3 * seconds:.0f} |" for axes, seconds in t.links.items()]
         rate = report.tokens / report.step_seconds / report.chips
         lines += [
             f"| **step** | **{1e3 * report.step_seconds:.0f}** |",

@@ -13,6 +13,7 @@ contention between axes are left out, links are taken at their published speed.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections import Counter, defaultdict
 
@@ -29,8 +30,12 @@ from pallas_kernels.chips import CHIPS
 # Of one number that the scalar unit puts in its place (docs/kernels.md, Routing: 80 us of 32,768 on v5p).
 _PERMUTATION_CYCLES = 4.3
 
+# Besides sets of mesh axes, what transfers occupy.
+TO_HOST, FROM_HOST = ("bus to the host",), ("bus from the host",)
+
 _SPARSE_CORE = 'async_execution_thread="sparsecore"'
 _HOST = "S(5)"  # the host's memory, in types
+_SLICED = re.compile(r"dynamic_slice_sizes=\{([\d,]+)\}")
 _UNKNOWN = 2**62  # estimates above this stand for "not known"
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 
@@ -43,8 +48,8 @@ class Times:
       step: all of it.
       xla: in XLA's own instructions.
       kernels: in Pallas kernels.
-      waiting: for collectives, with nothing else to do.
-      links: in which the links of each set of mesh axes are busy.
+      waiting: for collectives and for the host's memory, with nothing else to do.
+      links: in which the links of each set of mesh axes, and the bus to and from the host, are busy.
     """
 
     step: float = 0.0
@@ -152,8 +157,8 @@ class Player:
             if hlo.starts(instruction, self._program):
                 if found:
                     send(instruction.name, found, ahead=True)
-                elif size := self._of_host(instruction, instructions):
-                    links.send(instruction.name, ("host",), size / self._hardware.host_link, ahead=True)
+                elif bus := self._of_host(instruction, instructions):
+                    links.send(instruction.name, *bus, ahead=True)
                 elif _SPARSE_CORE in instruction.attributes:
                     seconds = self._on_sparse_core(instruction, instructions)
                     links.send(instruction.name, (_SPARSE_CORE,), seconds, ahead=True)
@@ -167,6 +172,10 @@ class Player:
                 continue
             if found:
                 send(instruction.name, found, ahead=False)
+                waiting += links.wait(instruction.name)
+                continue
+            if bus := self._of_host(instruction, instructions):
+                links.send(instruction.name, *bus, ahead=False)
                 waiting += links.wait(instruction.name)
                 continue
             seconds, kernel = self._compute(instruction, instructions)
@@ -191,19 +200,34 @@ class Player:
         ends = (i for i in siblings.values() if start.name in i.operands)
         return sum(2 * in_hbm(end.type) for end in ends) / self._hardware.bandwidth
 
-    def _of_host(self, start: Instruction, siblings: Computation) -> int:
-        """Bytes that go to the host's memory or come from it."""
-        if _HOST not in start.type:
-            return 0
-        if start.opcode == "dynamic-update-slice-start":
-            return hlo.bytes_of(siblings[start.operands[1]].type)
-        return next(hlo.bytes_of(end.type) for end in siblings.values() if start.name in end.operands)
+    def _of_host(self, instruction: Instruction, siblings: Computation) -> tuple[tuple[str, ...], float] | None:
+        """Which way an instruction moves bytes over the bus between chip and host, and the seconds that they take; None if it does not."""
+        kind = instruction.opcode.removesuffix("-start")
+        if kind == "async":
+            bodies = [self._program[called] for called in hlo.reached(instruction, self._program)]
+            return next(filter(None, (self._of_host(inner, body) for body in bodies for inner in body.values())), None)
+        if kind not in ("copy", "dynamic-slice", "dynamic-update-slice"):
+            return None
+        source = siblings[instruction.operands[0]].type
+        if kind == "copy" and _HOST not in source and _HOST in instruction.type:
+            way, size = TO_HOST, hlo.bytes_of(source)
+        elif _HOST not in source:
+            return None
+        elif kind == "dynamic-update-slice":
+            way, size = TO_HOST, hlo.bytes_of(siblings[instruction.operands[1]].type)
+        elif kind == "copy":
+            way, size = FROM_HOST, hlo.bytes_of(source)
+        else:
+            found = _SLICED.search(instruction.attributes)
+            part = math.prod(map(int, found[1].split(","))) if found else math.prod(hlo.shape_of(source))
+            way, size = FROM_HOST, hlo.bytes_of(source) * part // math.prod(hlo.shape_of(source))
+        return way, size / self._hardware.host_link
 
     def _own(self, instruction: Instruction, computation: str) -> list[Collective]:
         """Collectives that an instruction is, or has inside."""
         found = [c for c in self._collectives[computation] if c.name == instruction.name]
-        for _, called in instruction.called:
-            found += self._collectives[called] if instruction.opcode not in ("all-reduce", "reduce-scatter") else []
+        if instruction.opcode not in ("all-reduce", "reduce-scatter"):  # these call what adds two numbers
+            found += [c for called in sorted(hlo.reached(instruction, self._program)) for c in self._collectives[called]]
         return found
 
     def _started(self, end: Instruction, siblings: Computation, pending: set[str]) -> str | None:

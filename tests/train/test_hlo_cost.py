@@ -6,7 +6,7 @@ import pytest
 from interns1pro_jax.flops import HARDWARE
 from interns1pro_jax.kernel_times import ATTENTION_TIME_OVER_BOUND, KERNEL_TIME_OVER_BOUND, ROTARY_TIME_OVER_BOUND
 from interns1pro_jax.train import aot, hlo, hlo_cost
-from interns1pro_jax.train.timeline import Links, Player
+from interns1pro_jax.train.timeline import FROM_HOST, TO_HOST, Links, Player
 
 # A loop of 7 whose body multiplies [8, 16] by [16, 32], with a gather over groups of two that goes on meanwhile, and one that does not.
 TEXT = """HloModule step, is_scheduled=true
@@ -127,8 +127,8 @@ class TestTimes:
         assert np.isclose(player.transfer(collective), 2**30 * 3 / 4 / (2 * HARDWARE["tpu7x"].link))
 
     @pytest.mark.parametrize("cycles", [1, 10**6])
-    def test_what_goes_to_the_host_or_comes_from_it_takes_the_bus(self, cycles):
-        """Both ways a part of 2 MiB, one behind the other; both are waited for where they end."""
+    def test_what_goes_to_the_host_and_comes_from_it_takes_the_bus(self, cycles):
+        """Each way a part of 2 MiB; both are waited for where they end, and what is not started ahead at once."""
         stack, part = "bf16[8,1024,1024]{2,1,0:S(5)}", "bf16[1,1024,1024]{2,1,0}"
         text = f"""ENTRY %main (a: f32[]) -> f32[] {{
   %stack = {stack} parameter(0)
@@ -138,12 +138,46 @@ class TestTimes:
   %get = (({stack}, s32[]), {part}, u32[]) dynamic-slice-start(%stack, %i, %i, %i), dynamic_slice_sizes={{1,1024,1024}}
   %meanwhile = s32[] negate(%i), backend_config={{"estimated_cycles":"{cycles}"}}
   %put_end = {stack} dynamic-update-slice-done(%put)
-  ROOT %get_end = {part} dynamic-slice-done(%get)
+  %get_end = {part} dynamic-slice-done(%get)
+  ROOT %now = {part} dynamic-slice(%put_end, %i, %i, %i), dynamic_slice_sizes={{1,1024,1024}}
 }}"""
         times = Player(text, aot.pod_mesh("v5p:2x2x1", fsdp=4), HARDWARE["v5p"]).times()
-        transfers = 2 * 2**21 / HARDWARE["v5p"].host_link
-        assert np.isclose(times.links[("host",)], transfers)
-        assert np.isclose(times.waiting, max(0, transfers - cycles / CLOCK))
+        transfer = 2**21 / HARDWARE["v5p"].host_link
+        assert np.isclose(times.links[TO_HOST], transfer) and np.isclose(times.links[FROM_HOST], 2 * transfer)
+        assert np.isclose(times.waiting, transfer + max(0, transfer - cycles / CLOCK))
+
+    @pytest.mark.parametrize("depth", [0, 1, 2])
+    def test_a_collective_inside_calls_of_what_is_started_goes_on_meanwhile(self, depth):
+        array, gathered = "bf16[1024,1024]{1,0}", "bf16[4096,1024]{1,0}"
+        calls = "".join(
+            f"""%inner{level} (x: bf16[]) -> bf16[] {{
+  %x{level} = {array} parameter(0)
+  ROOT %call{level} = {gathered} call(%x{level}), to_apply=%inner{level + 1}
+}}
+
+"""
+            for level in range(depth)
+        )
+        # What is called comes first in a program's text.
+        calls = "\n\n".join(reversed(calls.strip().split("\n\n")))
+        text = f"""%inner{depth} (x: bf16[]) -> bf16[] {{
+  %x = {array} parameter(0)
+  ROOT %gather = {gathered} all-gather(%x), replica_groups={{{{0,1,2,3}}}}, dimensions={{0}}, use_global_device_ids=true
+}}
+
+{calls}
+
+ENTRY %main (a: f32[]) -> f32[] {{
+  %a = {array} parameter(0)
+  %start = (({array}), {gathered}, u32[]) async-start(%a), calls=%inner0
+  %meanwhile = s32[] negate(%a), backend_config={{"estimated_cycles":"1000000"}}
+  ROOT %end = {gathered} async-done(%start)
+}}"""
+        mesh = aot.pod_mesh("v5p:2x2x1", fsdp=4)
+        (collective,) = hlo.collectives(text, mesh)
+        assert collective.asynchronous
+        times = Player(text, mesh, HARDWARE["v5p"]).times()
+        assert times.links[("fsdp",)] > 0 and times.waiting == max(0, times.links[("fsdp",)] - 1e6 / CLOCK)
 
 
 def test_links_take_what_was_sent_ahead_in_order_and_share_with_what_is_waited_for():
