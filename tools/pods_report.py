@@ -4,7 +4,7 @@
 
 Each recipe is compiled by `experiments.launch --compile_only` in a process of its own: several minutes and 4 GB each. The compiled programs
 stay in `--keep`, so that a program that did not change is not compiled again, and the figures beside the page, one JSON file for each
-recipe. `--page_only` takes the figures that are there, and the page says so.
+recipe, or why there are none. `--page_only` takes what is there, and the page says so.
 """
 
 from __future__ import annotations
@@ -52,15 +52,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = arguments.recipes or [path.stem for path in sorted(RECIPES.glob("*.gin")) if "MeshConfig.topology" in source(path)]
     reports, failures = {}, {}
     for number, name in enumerate(names, start=1):
-        figures = arguments.output.with_suffix("") / f"{name}.json"
+        figures, reason = (arguments.output.with_suffix("") / f"{name}{suffix}" for suffix in (".json", ".txt"))
         if not arguments.page_only:
             console.print(f"[{number}/{len(names)}] {name}")
+            figures.parent.mkdir(parents=True, exist_ok=True)
             if failure := compile_recipe(name, arguments.keep / name, figures):
-                failures[name] = failure
                 figures.unlink(missing_ok=True)
+                reason.write_text(f"{failure}\n")
                 console.print(failure)
+            else:
+                reason.unlink(missing_ok=True)
         if figures.is_file():
             reports[name] = StepReport.from_json(figures.read_text())
+        elif reason.is_file():
+            failures[name] = reason.read_text().strip()
     if not reports:
         sys.exit("error: no recipe could be compiled.")
     picture = arguments.output.with_suffix(".png")
@@ -81,7 +86,6 @@ def compile_recipe(name: str, workdir: Path, figures: Path) -> str | None:
     done = subprocess.run([*command, "--workdir", str(workdir.absolute())], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         return next((line for line in done.stderr.splitlines() if line.startswith("error")), done.stderr[-300:])
-    figures.parent.mkdir(parents=True, exist_ok=True)
     figures.write_text((workdir / "step.json").read_text())
     return None
 

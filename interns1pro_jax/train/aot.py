@@ -133,7 +133,7 @@ def compile_for(
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            used = re.search(r"Used ([\d.]+\w) of ([\d.]+\w)", str(error))
+            used = re.search(r"(?:Used|temporaries) \(?([\d.]+\w)\)? (?:of|exceeds available HBM) \(?([\d.]+\w)", str(error))
             numbers = f"{used[1]} of {used[2]}" if used else str(error).splitlines()[0]
             raise ConfigError(
                 f"the program does not fit the memory of a device: {numbers}; use more devices or smaller batches."
