@@ -13,7 +13,11 @@ from interns1pro_jax.sharding import MeshConfig
 from interns1pro_jax.train.step_report import StepReport
 from tools import plan
 
-FIGURES = sorted((Path(__file__).resolve().parents[1] / "docs" / "pods_report").glob("[lpt]*.json"))  # of the whole model or its decoder
+# Of steps that train the whole model, or its decoder alone.
+TRAINED = ("pretrain", "long", "text_v5p", "multimodal_cpt", "sft")
+FIGURES = [
+    file for file in sorted((Path(__file__).resolve().parents[1] / "docs" / "pods_report").glob("*.json")) if file.stem.startswith(TRAINED)
+]
 assert FIGURES, "the reports of compiled recipes are part of the repository"
 MODEL = ModelConfig()
 TEXT = ModelConfig(MODEL.text, None, None)
