@@ -77,7 +77,8 @@ class Choices:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """Two layers, or more, of a recipe. hbm: bytes of all that the program lays out. exchanges: of places and weights of tokens' rows."""
+    """Two layers, or more, of a recipe. hbm: bytes of all that the program lays out. arguments: of what it is given. exchanges: of places
+    and weights of tokens' rows."""
 
     choices: Choices
     text: TextConfig
@@ -87,6 +88,7 @@ class Compiled:
     exchanges: int
     product_flops: float
     kernel_flops: float
+    arguments: int
     hbm: int
     involuntary: int
 
@@ -120,8 +122,12 @@ def compiled(recipe: str, bindings: dict[str, Any], program: str, hbm: int, invo
     large = [c for c in found if c.bytes > FEW and "routing_" not in c.scope]
     # Where arrays do not divide into a ring's parts, the compiler pads a scatter and completes it by a small exchange (v6e).
     large = [c for c in large if c.kind != "collective-permute" or c.bytes > SMALL]
-    flops = hlo_cost.product_flops(hlo.computations(program))
-    return Compiled(Choices.of(recipe), text, row.tokens, mesh, large, exchanges, *flops, hbm, involuntary)
+    parsed = hlo.computations(program)
+    entry = parsed[next(reversed(parsed))].values()
+    arguments = sum(hlo.bytes_of(i.type) for i in entry if i.opcode == "parameter")
+    return Compiled(
+        Choices.of(recipe), text, row.tokens, mesh, large, exchanges, *hlo_cost.product_flops(parsed), arguments, hbm, involuntary
+    )
 
 
 def compile_to_schedule(recipe: str, layers: int) -> Compiled:
@@ -272,13 +278,15 @@ def check(found: Compiled) -> None:
     short = is_short(found.length, found.text.head_dim, choices.dtype, CHIPS[choices.chip])
     assert useful < found.product_flops + found.kernel_flops < (1.34 if short else 1.4) * useful
     assert not short or found.kernel_flops == expected_kernel_flops(found)
+    state = state_bytes(found)
+    kept = state["parameters"] + state["optimizer"]
+    assert kept <= found.arguments < 1.01 * kept  # the rest is the batch
     # The plan's working memory is that of many layers.
-    hardware, state = hardware_of(found.mesh.topology), sum(state_bytes(found).values())
+    hardware = hardware_of(found.mesh.topology)
     planned = footprint(
         "train", ModelConfig(found.text, None, None), hardware, found.mesh, found.length, choices.rows, remat=choices.remat,
         parameter_bytes=jnp.dtype(choices.param_dtype).itemsize, moment_bytes=jnp.dtype(choices.moment_dtype).itemsize,
         moe_chunks=choices.moe_chunks,
     )  # fmt: skip
-    assert planned.memory["parameters"] + planned.memory["optimizer"] + planned.memory["gradients"] == state
-    assert state < found.hbm < min(1.2 * planned.total, hardware.hbm)
+    assert kept + state["gradients"] < found.hbm < min(1.2 * planned.total, hardware.hbm)
     assert found.involuntary == 0
