@@ -15,7 +15,7 @@ from interns1pro_jax.layers.attention import Attention, AttentionContext
 from interns1pro_jax.layers.decoder import REMAT
 from interns1pro_jax.ops.attention import dot_product_attention
 from interns1pro_jax.train import aot, hlo
-from pallas_kernels import attention
+from pallas_kernels.attention import is_short
 from pallas_kernels.chips import CHIPS
 
 CONTEXT, LENGTH = 4, 8192
@@ -112,7 +112,6 @@ def test_the_longest_rows_that_stay_in_vector_memory():
         return program, tuple(sum(f"%attention_{name}" in call for call in calls) for name in ("forward", "gradient"))
 
     program, called = kernels(16384)
-    assert called == (1, 1)
-    longer = jax.ShapeDtypeStruct((1, 2 * 16384, 2, 128), jnp.bfloat16)
-    assert attention._plan(2 * 16384, 1, longer, attention.tiling_of(CHIPS["tpu7x"]), True, None, False).short is None
+    assert called == (1, 1) and is_short(16384, 128, "bfloat16", CHIPS["tpu7x"])
+    assert not is_short(2 * 16384, 128, "bfloat16", CHIPS["tpu7x"])
     assert not laid_out_anew(program.text, 16384 * 4 * 128)
